@@ -1,0 +1,5 @@
+"""The `marrow` command."""
+
+
+def main() -> None:
+    """Run the command line."""
