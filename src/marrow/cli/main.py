@@ -1,5 +1,104 @@
-"""The `marrow` command."""
+"""The `marrow` command: verbs that follow the folders, imported only when used.
+
+stdout is data, stderr is talk. Exit status: 0 done, 1 failed, 2 asked wrongly, 130 interrupted.
+`marrow --help` loads neither rich nor torch: the table below is all it reads.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+
+import click
+
+from marrow import __version__
+from marrow.core.errors import Interrupted, MarrowError
+
+VERBS = {  # verb: (module that holds a click command named `command`, what it does)
+    "run": ("marrow.cli.run", "Run a recipe: raw rows in, a served and measured model out."),
+    "serve": ("marrow.cli.serve", "Serve a model over HTTP (OpenAI API), with a page at /."),
+    "complete": ("marrow.cli.complete", "Type a beginning and watch a model go on."),
+    "chat": ("marrow.cli.chat", "Talk with a chat-tuned model."),
+    "lineage": ("marrow.cli.lineage", "Show what made an artifact, down to the source."),
+    "why": ("marrow.cli.why", "Show where the time of a run went, and name the bottleneck."),
+    "export": ("marrow.cli.export", "Copy an artifact's files to a folder of your own."),
+    "config": ("marrow.cli.config", "Show a recipe resolved: every value and where it came from."),
+    "doctor": ("marrow.cli.doctor", "Show this machine: devices, measured peaks, kernels chosen."),
+    "bench": ("marrow.cli.bench", "Measure a layer, or any OpenAI-compatible server."),
+}
+
+
+class Verbs(click.Group):
+    """A click group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the verbs in the order of the stack."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the one verb that is asked for."""
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = importlib.import_module(VERBS[cmd_name][0]).command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the verb; say which one was probably meant."""
+        if args and args[0] not in VERBS:
+            close = difflib.get_close_matches(args[0], VERBS, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            ctx.fail(f"No such command {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the verbs from the table, importing none."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, text) for verb, (_, text) in VERBS.items()])
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="marrow")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Marrow: from raw rows to a served model, one lineage graph."""
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line and exit with its status."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; turn its end into an exit status and, if it failed, a message on stderr."""
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        cli.main(arguments, prog_name="marrow", standalone_mode=False)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (Interrupted, KeyboardInterrupt, click.Abort) as error:
+        if debug and not isinstance(error, Interrupted):
+            raise
+        click.echo(f"interrupted{f': {error}' if str(error) else ''}", err=True)
+        click.echo("hint: finished work is kept; the same command goes on from there", err=True)
+        return 130
+    except MarrowError as error:
+        if debug:
+            raise
+        click.echo(f"error: {error}", err=True)
+        return error.exit_code
+    except BrokenPipeError:  # the reader of stdout has gone, as in `marrow lineage x | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # noqa: BLE001  the last resort: a bug of ours, said plainly
+        if debug:
+            raise
+        click.echo(f"error: {type(error).__name__}: {error}", err=True)
+        click.echo("hint: this is a bug in Marrow; --debug shows the traceback for a report", err=True)
+        return 1
+    return 0

@@ -1,0 +1,37 @@
+# Marrow. Two commands on a fresh machine:
+#   make run     set-up, then raw rows -> a served model
+#   make test    set-up, then every test
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: run test check lint fast bench clean setup setup-test
+
+run: setup
+	$(BIN)/marrow run recipes/quickstart.toml
+
+test: check
+	$(BIN)/pytest -m slow
+
+check: lint fast
+
+lint: setup-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fast: setup-test
+	$(BIN)/pytest -m "not slow" -n 2
+
+bench: setup-test
+	$(BIN)/python bench/all.py
+
+setup:
+	@$(PYTHON) scripts/setup.py
+
+setup-test:
+	@$(PYTHON) scripts/setup.py --extra test --extra lint
+
+clean:
+	rm -rf .venv .bench build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,56 @@
+"""`marrow config show`: a recipe resolved, each value with its origin."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from marrow.cli.recipe import SCHEMA, read_recipe
+from marrow.core.config import Recipe
+from marrow.core.hashes import canonical_json
+
+
+@click.group("config")
+def command() -> None:
+    """Show recipes."""
+
+
+@command.command("show")
+@click.argument("path", metavar="RECIPE", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show(path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Print every value of RECIPE and where it came from, as TOML that can be read again."""
+    recipe = read_recipe(path, overrides)
+    if as_json:
+        origins = {key: str(origin) for key, origin in recipe.origins.items()}
+        sections = json.loads(canonical_json(dict(recipe.sections)))
+        click.echo(json.dumps({"hash": recipe.hash, "values": sections, "origins": origins}, indent=2))
+    else:
+        click.echo("\n".join(lines(recipe)))
+
+
+def lines(recipe: Recipe) -> list[str]:
+    """Write a recipe as TOML lines with origins as comments."""
+    values = json.loads(canonical_json(dict(recipe.sections)))
+    out = [f"# {recipe.path}, hash {recipe.hash[:12]}"]
+    for table in SCHEMA:
+        out += ["", f"[{table}]"]
+        for name, value in values[table].items():
+            written = f"{name} = {toml(value)}"
+            if value is None:
+                written = f"# {written}"
+            out.append(f"{written:<44} # {recipe.origins.get(f'{table}.{name}', '')}")
+    return out
+
+
+def toml(value: Any) -> str:
+    """Write one value as TOML."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return "[" + ", ".join(toml(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + " }"
+    return "unset" if value is None else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,57 @@
+"""The tables of a recipe, and who consumes each. Importing this loads no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from marrow.core.config import Range, Recipe, load_recipe
+from marrow.data.config import DataRecipe
+from marrow.data.shards_config import ShardsRecipe
+from marrow.models.config import ModelConfig
+from marrow.serve.config import ServeRecipe
+from marrow.text.config import TokenizerRecipe
+from marrow.train.config import TrainRecipe
+from marrow.train.evaluate_config import EvaluateRecipe
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRecipe:
+    """[load]: the requests that the serve step sends to the server over HTTP."""
+
+    requests: Annotated[int, Range(1)] = 24
+    concurrency: Annotated[int, Range(1)] = 8
+    max_tokens: Annotated[int, Range(1)] = 48
+
+
+@dataclass(frozen=True, slots=True)
+class ReportRecipe:
+    """[report]: what the report asks the model.
+
+    `prompts` empty: beginnings of held-out documents are taken. `python`: count the completions
+    that parse as Python, beside the 5-gram's; None: if the data is the interpreter's own.
+    """
+
+    prompts: tuple[str, ...] = ()
+    max_tokens: Annotated[int, Range(1)] = 64
+    temperature: Annotated[float, Range(0, 2)] = 0.6
+    samples: Annotated[int, Range(1)] = 40
+    python: bool | None = None
+
+
+SCHEMA: dict[str, type] = {
+    "data": DataRecipe,
+    "tokenizer": TokenizerRecipe,
+    "shards": ShardsRecipe,
+    "model": ModelConfig,
+    "train": TrainRecipe,
+    "evaluate": EvaluateRecipe,
+    "serve": ServeRecipe,
+    "load": LoadRecipe,
+    "report": ReportRecipe,
+}
+
+
+def read_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
+    """Read a recipe with every table known to Marrow. Raises: RecipeError."""
+    return load_recipe(path, SCHEMA, overrides)

@@ -1,0 +1,44 @@
+"""What a word on the command line means: a path, else a name of the catalog, else an id prefix."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from marrow.core.errors import ModelError
+from marrow.core.records import Artifact
+from marrow.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTarget:
+    """A Hugging Face folder and what the model is called."""
+
+    folder: Path
+    name: str
+
+
+def find_model(target: str) -> ModelTarget:
+    """Find the Hugging Face folder that a target means.
+
+    Raises: ModelError if it is no model; ArtifactNotFound.
+    """
+    path = Path(target)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} has no config.json", hint="give a Hugging Face model folder")
+        return ModelTarget(path, path.resolve().name)
+    with find_artifact(target) as (store, artifact):
+        if not any(file.name == "tokenizer.json" for file in artifact.files):
+            raise ModelError(
+                f"{target} is a {artifact.kind} artifact, not an exported model",
+                hint="give the name of a run, such as quickstart, or the id of an export",
+            )
+        return ModelTarget(store.view(artifact), target.partition("@")[0])
+
+
+@contextmanager
+def find_artifact(target: str) -> Iterator[tuple[Store, Artifact]]:
+    """Open the store and find an artifact in it. Raises: ArtifactNotFound."""
+    with Store.open() as store:
+        yield store, store.resolve(target)

@@ -1,0 +1,269 @@
+"""Charts for pages: lines, bars and stacked bars, as SVG inside HTML.
+
+One idea: the drawing stretches, the text does not. Horizontal positions are percentages and the
+curves sit in an inner SVG that scales without its strokes, so a chart has readable 12-pixel text
+on a phone, on a desk and on paper, with no script.
+
+Nothing is told by colour alone: lines differ in dashes, parts of a bar carry letters, and the
+numbers stand in text or in a table behind the chart. Equal input gives equal bytes.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from marrow.core.page import Html, compact, details, figure, pixels, table, tag
+
+MAX_POINTS = 600  # per line; more cannot be seen at 1,000 pixels
+MAX_PARTS = 8  # of a stacked bar; the smallest are added up
+HEIGHT = 220  # of a line chart's plot, CSS pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """A line: points in order of x. A y that is not finite breaks the line."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One value of a bar chart; `ours` sets it apart from what it is compared with."""
+
+    name: str
+    value: float
+    text: str = ""
+    note: str = ""
+    ours: bool = False
+
+
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    y_label: str,
+    log_y: bool = False,
+    references: Mapping[str, float] | None = None,
+    from_zero: bool = False,
+) -> Html:
+    """Draw lines over a common x, with horizontal `references` to compare them with.
+
+    Args: log_y: logarithmic y; values <= 0 break the line. from_zero: the y axis begins at 0.
+    Returns: a figure, or nothing if there is no finite point.
+    """
+    references = {name: y for name, y in (references or {}).items() if _drawable(y, log_y)}
+    good = [[(x, y) for x, y in one.points if math.isfinite(x) and _drawable(y, log_y)] for one in series]
+    xs = [x for points in good for x, _ in points]
+    ys = [y for points in good for _, y in points] + list(references.values())
+    if not xs:
+        return Html("")
+    x_axis = _Axis.over(min(xs), max(xs), tight=True)
+    y_axis = _Axis.over(0.0 if from_zero and not log_y else min(ys), max(ys), log=log_y)
+
+    marks: list[Html] = []
+    for y in y_axis.ticks:
+        at = pixels((1 - y_axis.place(y)) * HEIGHT)
+        marks.append(tag("line", x1=0, x2="100%", y1=at, y2=at, class_="grid"))
+        marks.append(tag("text", compact(y), x=-8, y=at, dy=".32em", class_="end"))
+    for x in x_axis.ticks:
+        side = "start" if x_axis.place(x) < 0.04 else "end" if x_axis.place(x) > 0.96 else "middle"
+        marks.append(tag("text", compact(x), x=_percent(x_axis.place(x)), y=HEIGHT + 18, class_=side))
+    marks.append(tag("text", x_label, x="100%", y=HEIGHT + 36, class_="end"))
+    curves: list[Html] = []
+    keys: list[Html] = []
+    for index, one in enumerate(series):
+        style = f"line s{index % 4}"
+        curves.append(tag("path", class_=style, d=_path(one.points, x_axis, y_axis)))
+        last = good[index][-1:]
+        keys.append(_key(style, one.name, compact(last[0][1]) if last else ""))
+        for x, y in _thin(good[index], 40):
+            dot = {"cx": _percent(x_axis.place(x)), "cy": pixels((1 - y_axis.place(y)) * HEIGHT)}
+            told = tag("title", f"{one.name}: {compact(y)} at {x_label} {compact(x)}")
+            alone = len(good[index]) == 1
+            marks.append(tag("circle", told, **dot, r=4, class_=f"dot s{index % 4}" if alone else "touch"))
+    for index, (name, y) in enumerate(references.items()):
+        at = pixels((1 - y_axis.place(y)) * HEIGHT)
+        marks.append(tag("line", x1=0, x2="100%", y1=at, y2=at, class_=f"reference r{index % 3}"))
+        keys.append(_key(f"reference r{index % 3}", name, compact(y)))
+    inner = tag(
+        "svg",
+        *curves,
+        viewBox="0 0 1000 1000",
+        preserveAspectRatio="none",
+        width="100%",
+        height=HEIGHT,
+        overflow="visible",
+    )
+    summary = f"{y_label} over {x_label}: " + "; ".join(
+        f"{one.name} from {compact(points[0][1])} to {compact(points[-1][1])}"
+        for one, points in zip(series, good, strict=True)
+        if points
+    )
+    drawing = tag(
+        "svg",
+        tag("title", title),
+        tag("desc", summary),
+        *marks[: -len(references) or None],
+        inner,
+        *(marks[-len(references) :] if references else ()),
+        role="img",
+        class_="plot",
+        width="100%",
+        height=HEIGHT + 44,
+    )
+    rows = [(one.name, x, y) for one, points in zip(series, good, strict=True) for x, y in _thin(points, 16)]
+    numbers = details("Numbers", table(("line", x_label, y_label), rows))
+    return figure(
+        title, tag("p", tag("span", y_label, class_="axis"), *keys, class_="keys"), drawing, numbers
+    )
+
+
+def bar_chart(title: str, bars: Sequence[Bar], *, note: str = "") -> Html:
+    """Compare values by bars that all begin at 0; each says its own number.
+
+    Args: bars: values >= 0; `text` is what is printed for the value.
+    """
+    if not bars:
+        return Html("")
+    top = max(bar.value for bar in bars) or 1.0
+    rows = []
+    for bar in bars:
+        text = bar.text or compact(bar.value)
+        told = tag("title", f"{bar.name}: {text}")
+        rect = tag("rect", told, x=0, y=0, width=_percent(bar.value / top), height=10, rx=1.5)
+        rows.append(
+            tag(
+                "li",
+                tag("span", bar.name, class_="name"),
+                tag("span", bar.note, class_="note"),
+                tag("span", text, class_="value"),
+                tag("svg", rect, role="img", width="100%", height=10),
+                class_="ours" if bar.ours else "",
+            )
+        )
+    return figure(title, tag("ul", *rows, class_="bars", role="list"), note=note)
+
+
+def stacked_bar(
+    title: str, parts: Mapping[str, float], *, total: str, unit: str = "s", note: str = ""
+) -> Html:
+    """Show how parts add up to a whole; the largest first, "other" always last.
+
+    Args: parts: values >= 0. total: what is printed for their sum. unit: printed after each value.
+    """
+    whole = sum(parts.values())
+    if whole <= 0:
+        return Html("")
+    shown = sorted(parts.items(), key=lambda item: (item[0] == "other", -item[1], item[0]))
+    shown = [(name, value) for name, value in shown if value > 0]
+    if len(shown) > MAX_PARTS:
+        kept, rest = shown[: MAX_PARTS - 1], shown[MAX_PARTS - 1 :]
+        shown = [*kept, (f"{len(rest)} smaller parts", sum(value for _, value in rest))]
+    drawn: list[Html] = []
+    keys: list[Html] = []
+    left = 0.0
+    for index, (name, value) in enumerate(shown):
+        share = value / whole
+        letter = "abcdefgh"[index]
+        style = "other" if name == "other" or name.endswith(" smaller parts") else f"p{index % 6}"
+        text = f"{compact(value)} {unit}".strip()
+        told = tag("title", f"{name}: {text}, {share:.1%}")
+        drawn.append(
+            tag("rect", told, x=_percent(left), y=0, width=_percent(share), height=22, class_=f"part {style}")
+        )
+        if share >= 0.04:
+            drawn.append(tag("text", letter, x=_percent(left + share / 2), y=15.5, class_=f"letter {style}"))
+        sample = tag("span", letter, class_=f"letter {style}", aria_hidden="true")
+        keys.append(tag("li", sample, f" {name} ", tag("b", text), f" {share:.0%}"))
+        left += share
+    summary = ", ".join(f"{name} {value / whole:.0%}" for name, value in shown)
+    drawing = tag(
+        "svg",
+        tag("title", f"{title}: {total}"),
+        tag("desc", summary),
+        *drawn,
+        role="img",
+        width="100%",
+        height=22,
+    )
+    return figure(title, drawing, tag("ul", *keys, class_="parts", role="list"), note=note, aside=total)
+
+
+def _key(style: str, name: str, value: str) -> Html:
+    line = tag("line", x1=0, x2=26, y1=5, y2=5, class_=style)
+    sample = tag("svg", line, width=26, height=10, aria_hidden="true")
+    return tag("span", sample, f" {name} ", tag("b", value), class_="key")
+
+
+def _drawable(y: float, log: bool) -> bool:
+    return math.isfinite(y) and (y > 0 or not log)
+
+
+def _percent(share: float) -> str:
+    return pixels(share * 100) + "%"
+
+
+def _thin(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """Keep at most `most` points, evenly spread, the first and the last among them."""
+    if len(points) <= most:
+        return list(points)
+    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+
+
+def _path(points: Sequence[tuple[float, float]], x_axis: "_Axis", y_axis: "_Axis") -> str:
+    """Write an SVG path in a square of 1,000; each bucket of points keeps its extremes."""
+    bucket = max(1, math.ceil(len(points) / (MAX_POINTS // 2)))
+    kept: list[tuple[float, float]] = []
+    for start in range(0, len(points), bucket):
+        some = points[start : start + bucket]
+        if len(some) > 2 and all(_drawable(y, y_axis.log) for _, y in some):
+            low, high = min(some, key=lambda p: p[1]), max(some, key=lambda p: p[1])
+            some = sorted({low, high})
+        kept.extend(some)
+    steps, pen = [], "M"
+    for x, y in kept:
+        if math.isfinite(x) and _drawable(y, y_axis.log):
+            steps.append(f"{pen}{pixels(x_axis.place(x) * 1000)} {pixels((1 - y_axis.place(y)) * 1000)}")
+            pen = "L"
+        else:
+            pen = "M"
+    return "".join(steps)
+
+
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+    log: bool = False
+
+    @classmethod
+    def over(cls, low: float, high: float, *, log: bool = False, tight: bool = False) -> "_Axis":
+        """Choose round ticks for a range; the axis ends at ticks unless `tight`."""
+        if log:
+            decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+            steps = (1, 2, 5) if len(decades) <= 3 else (1,)
+            ticks = [m * 10.0**d for d in decades for m in steps]
+            low_tick = max((t for t in ticks if t <= low * 1.0001), default=ticks[0])
+            high_tick = min((t for t in ticks if t >= high * 0.9999), default=ticks[-1])
+            if high_tick <= low_tick:
+                high_tick = low_tick * 10
+            return cls(low_tick, high_tick, tuple(t for t in ticks if low_tick <= t <= high_tick), True)
+        if high - low <= 1e-12 * max(abs(low), abs(high)):
+            low, high = low - (abs(low) / 2 or 0.5), high + (abs(high) / 2 or 0.5)
+        rough = (high - low) / 5
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+        ticks = [round(i * step, 12) for i in range(first, last + 1)]
+        if tight:
+            return cls(low, high, tuple(t for t in ticks if low <= t <= high))
+        return cls(ticks[0], ticks[-1], tuple(ticks))
+
+    def place(self, value: float) -> float:
+        """Return where a value lies: 0 at the low end, 1 at the high end."""
+        if self.log:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)

@@ -1,0 +1,211 @@
+"""From texts to token shards: train a tokenizer, encode, pack, write Arrow files.
+
+The two steps `tokenizer` and `shards` of a run. Both stream the split's `train.parquet`, so that
+memory holds one row group of text, one window of pieces (`data/packing.py`) and one shard. The
+format of a shard is described in `data/manifest.py`. Documents stay in the order of the split:
+the order of samples is the loader's plan, not a property of the files.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from marrow.core.errors import DataError, explain_os_errors
+from marrow.core.hashes import check_file, hash_file
+from marrow.core.progress import Progress, silent
+from marrow.core.span import span
+from marrow.data.manifest import Manifest, ShardEntry
+from marrow.data.packing import Row, join, pack
+from marrow.data.shards_config import ShardsRecipe
+from marrow.data.tables import parts, stream
+from marrow.text.config import TokenizerRecipe
+from marrow.text.tokenizer import FILE_NAME as TOKENIZER_FILE
+from marrow.text.tokenizer import Tokenizer
+
+TRAIN_FILE = "train.parquet"
+
+
+def train_tokenizer(
+    recipe: TokenizerRecipe, split: Path, out: Path, progress: Progress = silent
+) -> dict[str, Any]:
+    """Train the tokenizer on the split's training documents; write `out/tokenizer.json`.
+
+    Returns: facts; `vocab_size` may be smaller than asked if the texts have too few pairs.
+    Raises: DataError if there are no documents.
+    """
+    reader = _Texts(split, progress)
+    with span("tokenizer"):
+        tokenizer = Tokenizer.train(
+            (text for _, texts in reader for text in texts),
+            recipe.vocab_size,
+            min_frequency=recipe.min_frequency,
+        )
+    tokenizer.save(out / TOKENIZER_FILE)
+    facts: dict[str, Any] = {
+        "vocab_size": tokenizer.vocab_size,
+        "num_documents": reader.num_documents,
+        "num_bytes_text": reader.num_bytes,
+    }
+    if tokenizer.vocab_size < recipe.vocab_size:
+        facts["note"] = (
+            f"{recipe.vocab_size} tokens were asked for, but the text has pairs for no more than "
+            f"{tokenizer.vocab_size}"
+        )
+    return facts
+
+
+def write_shards(
+    recipe: ShardsRecipe, split: Path, tokenizer_folder: Path, out: Path, progress: Progress = silent
+) -> dict[str, Any]:
+    """Encode and pack the split's training documents into `out/train-00000.arrow`, ...
+
+    Writes `out/manifest.json` last. Equal inputs give equal bytes.
+    Returns: facts. Raises: DataError if there are no documents; DiskFull.
+    """
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    reader = _Texts(split, progress)
+    writer = _ShardWriter(out, recipe, tokenizer.pad_id, dtype)
+    documents = _encode(reader, tokenizer, dtype)
+    for row in pack(documents, recipe.context, max_padding=recipe.max_padding):
+        writer.add(row)
+    writer.flush()
+    manifest = Manifest(
+        context=recipe.context,
+        dtype=np.dtype(dtype).name,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_sha256=hash_file(tokenizer_folder / TOKENIZER_FILE),
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        num_rows=writer.num_rows,
+        num_documents=reader.num_documents,
+        num_tokens=writer.num_tokens,
+        num_predicted_tokens=writer.num_tokens - writer.num_pieces,
+        num_bytes_text=reader.num_bytes,
+        padding_share=round(1 - writer.num_tokens / (writer.num_rows * (recipe.context + 1)), 6),
+        shards=tuple(writer.shards),
+    )
+    manifest.write(out)
+    return {
+        "num_rows": manifest.num_rows,
+        "context": manifest.context,
+        "num_documents": manifest.num_documents,
+        "num_predicted_tokens": manifest.num_predicted_tokens,
+        "bytes_per_token": round(manifest.num_bytes_text / manifest.num_predicted_tokens, 4),
+        "padding_share": manifest.padding_share,
+        "num_shards": len(manifest.shards),
+    }
+
+
+class _Texts:
+    """Streams (document ids, texts) of the training documents, counting as it goes."""
+
+    def __init__(self, split: Path, progress: Progress) -> None:
+        self._paths = parts(split, TRAIN_FILE)
+        self._progress = progress
+        self._total: int = sum(
+            pc.sum(batch.column(0)).as_py() or 0 for _, batch in stream(self._paths, ["num_bytes"])
+        )
+        self.num_documents = 0
+        self.num_bytes = 0
+
+    def __iter__(self) -> Iterator[tuple[list[int], list[str]]]:
+        for place, batch in stream(self._paths, ["document_id", "text"]):
+            ids, texts = batch.column("document_id"), batch.column("text")
+            if texts.null_count or ids.null_count:
+                raise DataError(
+                    f"{place.part}: row group {place.row_group} has a document without text or id",
+                    hint="run the split step again; if you wrote the file, fill document_id and text",
+                )
+            yield ids.to_pylist(), texts.to_pylist()
+            self.num_documents += batch.num_rows
+            self.num_bytes += pc.sum(pc.binary_length(texts)).as_py() or 0
+            self._progress(self.num_bytes, self._total, "B")
+        if not self.num_documents:
+            raise DataError(f"{self._paths[0]} holds no document", hint="check [data] source and its rules")
+
+
+def _encode(
+    reader: _Texts, tokenizer: Tokenizer, dtype: type[np.unsignedinteger[Any]]
+) -> Iterator[tuple[int, NDArray[Any]]]:
+    for document_ids, texts in reader:
+        with span("encode"):
+            batch = tokenizer.encode_batch(texts)
+        for document_id, ids in zip(document_ids, batch, strict=True):
+            yield document_id, join(ids, tokenizer.bos_id, tokenizer.eos_id, dtype)
+
+
+class _ShardWriter:
+    """Collects rows and writes a shard when it is full."""
+
+    def __init__(
+        self, out: Path, recipe: ShardsRecipe, pad_id: int, dtype: type[np.unsignedinteger[Any]]
+    ) -> None:
+        self._out = out
+        self._row_tokens = recipe.context + 1
+        self._pad_id = pad_id
+        self._dtype = dtype
+        self._shard_rows = max(1, recipe.shard_bytes // (self._row_tokens * np.dtype(dtype).itemsize))
+        self._rows: list[Row] = []
+        self.shards: list[ShardEntry] = []
+        self.num_rows = 0
+        self.num_tokens = 0
+        self.num_pieces = 0
+
+    def add(self, row: Row) -> None:
+        self._rows.append(row)
+        if len(self._rows) == self._shard_rows:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._rows:
+            return
+        with span("write shard"):
+            path = self._out / f"train-{len(self.shards):05d}.arrow"
+            batch = self._batch()
+            with (
+                explain_os_errors("write a shard", path),
+                pa.OSFile(str(path), "wb") as file,
+                pa.ipc.new_file(file, batch.schema) as arrow,
+            ):
+                arrow.write_batch(batch)
+            self.shards.append(ShardEntry(path.name, len(self._rows), path.stat().st_size, check_file(path)))
+        self.num_rows += len(self._rows)
+        self.num_tokens += pc.sum(batch.column("num_tokens")).as_py()
+        self.num_pieces += sum(map(len, self._rows))
+        self._rows = []
+
+    def _batch(self) -> pa.RecordBatch:
+        tokens = np.full((len(self._rows), self._row_tokens), self._pad_id, dtype=self._dtype)
+        starts: list[int] = []
+        row_ends = [0]
+        num_tokens = []
+        for out, row in zip(tokens, self._rows, strict=True):
+            end = 0
+            for piece in row:
+                starts.append(end)
+                out[end : end + len(piece.tokens)] = piece.tokens
+                end += len(piece.tokens)
+            row_ends.append(len(starts))
+            num_tokens.append(end)
+        pieces = [piece for row in self._rows for piece in row]
+        ends = pa.array(row_ends, pa.int32())
+
+        def lists(values: list[int], kind: pa.DataType) -> pa.ListArray:
+            return pa.ListArray.from_arrays(ends, pa.array(values, kind))
+
+        return pa.record_batch(
+            {
+                "tokens": pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel()), self._row_tokens),
+                "document_starts": lists(starts, pa.int32()),
+                "document_ids": lists([piece.document_id for piece in pieces], pa.int64()),
+                "document_offsets": lists([piece.offset for piece in pieces], pa.int64()),
+                "num_tokens": pa.array(num_tokens, pa.int32()),
+            }
+        )

@@ -1,0 +1,80 @@
+"""A batch: packed rows laid end to end, with what the model needs to keep documents apart.
+
+Axes: B rows, T tokens of context, N = B T. There is no batch axis: the model sees one line of
+tokens, and `document_N` tells which of them may attend to each other.
+
+    tokens     b 1 2 e | b 7 8 9        one row with two documents, T = 7
+    targets    1 2 e -   7 8 9 e
+    positions  0 1 2 3 | 0 1 2 3
+"""
+
+# ruff: noqa: N815 - tensor names carry their axes
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from marrow.loader.reader import Rows
+
+IGNORED = -100  # the target that torch's cross entropy leaves out
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of one step.
+
+    tokens_N: int64 [B T], inputs. targets_N: int64 [B T], the next token of the same document,
+    -100 where there is none (padding, a document's end). positions_N: int64 [B T], from 0 at each
+    document or piece. document_N: int32 [B T], a number for each (row, document), rising.
+    num_targets: targets that count. samples: the global positions that the rows come from, those
+    that the loader was told to skip excepted. rows: B. T: tokens of context. build_s: seconds it took.
+    """
+
+    tokens_N: Tensor
+    targets_N: Tensor
+    positions_N: Tensor
+    document_N: Tensor
+    num_targets: int
+    samples: range
+    rows: int
+    T: int
+    build_s: float = 0.0
+
+
+def make_batch(picked: Rows, samples: range) -> Batch:
+    """Lay packed rows end to end. Cost: about 20 ns a token; no loop over rows."""
+    arrays = flatten(picked)
+    tokens_N, targets_N, positions_N, document_N, num_targets = arrays
+    rows, stored = picked.tokens.shape
+    return Batch(
+        tokens_N=torch.from_numpy(tokens_N),
+        targets_N=torch.from_numpy(targets_N),
+        positions_N=torch.from_numpy(positions_N),
+        document_N=torch.from_numpy(document_N),
+        num_targets=num_targets,
+        samples=samples,
+        rows=rows,
+        T=stored - 1,
+    )
+
+
+def flatten(picked: Rows) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], int]:
+    """Return tokens_N, targets_N, positions_N, document_N and the number of targets as arrays."""
+    rows, stored = picked.tokens.shape
+    context = stored - 1
+    tokens_N = picked.tokens[:, :-1].astype(np.int64).reshape(-1)
+    targets_BT = picked.tokens[:, 1:].astype(np.int64)
+    targets_BT[np.arange(context) >= picked.num_tokens[:, None] - 1] = IGNORED
+    row_of_start = np.repeat(np.arange(rows), np.diff(picked.starts_of))
+    start_flat = row_of_start * context + picked.starts
+    targets_N = targets_BT.reshape(-1)
+    inner = picked.starts > 0  # what stands before a document's first token does not predict it
+    targets_N[start_flat[inner] - 1] = IGNORED
+    begins_N = np.zeros(rows * context, dtype=np.int32)
+    begins_N[start_flat] = 1
+    document_N = np.cumsum(begins_N, dtype=np.int32) - np.int32(1)
+    positions_N = np.arange(rows * context) - start_flat[document_N]
+    return tokens_N, targets_N, positions_N, document_N, int(np.count_nonzero(targets_N != IGNORED))

@@ -1,0 +1,147 @@
+"""The one decoder: Llama, Mistral, Qwen2 and Qwen3 differ only in flags of `ModelConfig`.
+
+    tokens_N -> embedding -> [ norm -> qkv -> RoPE -> attend -> out -> + -> norm -> SwiGLU -> + ] x layers -> norm
+                                                        ^ injected
+
+Tokens are flat: no batch axis. Which tokens see which is not known here: `attend(layer, q, k, v)`
+is injected, a document mask in training, a paged cache in serving. The head is a method of its
+own, so that a caller runs it on the rows that it needs. Projections of the same input are fused
+(qkv; gate and up) and split only by the Hugging Face name map.
+
+Axes: N tokens, C hidden size, H heads, K kv heads, D head size, F intermediate size, V vocabulary.
+Source: Touvron et al. 2023 (Llama); Qwen team 2025 (Qwen3, for qk_norm).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from marrow.kernels.rms_norm import rms_norm
+from marrow.kernels.rope import rope, rope_angles
+from marrow.kernels.swiglu import swiglu
+from marrow.models.config import ModelConfig
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class Decoder(nn.Module):
+    """A causal language model over flat tokens.
+
+    Weights are in `dtype` on `device`, drawn from `seed` by `reset` (pass device="meta" to make
+    the shape alone). Raises: ValueError if the config has no vocabulary yet.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        if not config.vocab_size:
+            raise ValueError("vocab_size = 0: fill it in with ModelConfig.with_vocab_size")
+        self.config = config
+        with torch.device("meta"):
+            self.embedding_VC = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+            self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
+            self.norm_C = nn.Parameter(torch.empty(config.hidden_size))
+            if not config.tie_embeddings:
+                self.head_VC = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.to_empty(device=device).to(dtype)
+        if torch.device(device).type != "meta":
+            self.reset(seed)
+
+    @property
+    def output_VC(self) -> Tensor:
+        """The head's weight: the embedding itself where they are tied."""
+        return self.embedding_VC if self.config.tie_embeddings else self.head_VC
+
+    def forward(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
+        """Compute the normed hidden state of every token.
+
+        Args: tokens_N: int64 [N]. positions_N: int64 [N], place of each token in its own text.
+            attend: gets the layer's number, q_NHD, k_NKD, v_NKD (rotated); returns o_NHD.
+        Returns: hidden_NC.
+        """
+        config = self.config
+        angles = rope_angles(positions_N, config.head_size, config.rope_theta, self.embedding_VC.dtype)
+        hidden_NC = F.embedding(tokens_N, self.embedding_VC)
+        for layer in self.layers:
+            hidden_NC = layer(hidden_NC, angles, attend)
+        return rms_norm(hidden_NC, self.norm_C, config.norm_eps)
+
+    def logits(self, hidden_NC: Tensor) -> Tensor:
+        """Score the vocabulary for some rows: hidden_NC -> logits_NV, of the weights' dtype."""
+        return F.linear(hidden_NC, self.output_VC)
+
+    @torch.no_grad()
+    def reset(self, seed: int) -> None:
+        """Draw fresh weights: a pure function of (config, seed), the same on every device and dtype.
+
+        Matrices are normal with `initial_std`; those that write to the residual stream are
+        smaller by sqrt(2 num_layers), so that its variance does not grow with depth (GPT-2).
+        Norms are 1, biases 0.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        residual_std = self.config.initial_std / (2 * self.config.num_layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                std = residual_std if name.endswith(("out_CX", "down_CF")) else self.config.initial_std
+                fresh = torch.empty(parameter.shape, dtype=torch.float32).normal_(
+                    0.0, std, generator=generator
+                )
+                parameter.copy_(fresh)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias_Y") else 1.0)
+
+
+class Layer(nn.Module):
+    """Attention and SwiGLU, each behind a norm and added to the residual stream.
+
+    X = H D query channels, Y = (H + 2K) D fused channels: queries, then keys, then values.
+    G = 2F fused channels: gate, then up.
+    """
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.config, self.index = config, index
+        channels, heads_size = config.hidden_size, config.num_heads * config.head_size
+        self.attention_norm_C = nn.Parameter(torch.empty(channels))
+        self.qkv_YC = nn.Parameter(torch.empty(config.qkv_size, channels))
+        self.qkv_bias_Y = nn.Parameter(torch.empty(config.qkv_size)) if config.qkv_bias else None
+        if config.qk_norm:
+            self.q_norm_D = nn.Parameter(torch.empty(config.head_size))
+            self.k_norm_D = nn.Parameter(torch.empty(config.head_size))
+        self.out_CX = nn.Parameter(torch.empty(channels, heads_size))
+        self.mlp_norm_C = nn.Parameter(torch.empty(channels))
+        self.gate_up_GC = nn.Parameter(torch.empty(2 * config.intermediate_size, channels))
+        self.down_CF = nn.Parameter(torch.empty(channels, config.intermediate_size))
+
+    def forward(self, hidden_NC: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """Return the residual stream after this layer."""
+        hidden_NC = hidden_NC + self.attention(hidden_NC, angles, attend)
+        return hidden_NC + self.mlp(hidden_NC)
+
+    def attention(self, hidden_NC: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """Return what attention adds."""
+        config = self.config
+        normed_NC = rms_norm(hidden_NC, self.attention_norm_C, config.norm_eps)
+        qkv_NY = F.linear(normed_NC, self.qkv_YC, self.qkv_bias_Y)
+        heads_NLD = qkv_NY.view(-1, config.num_heads + 2 * config.num_kv_heads, config.head_size)
+        q_NHD, k_NKD, v_NKD = heads_NLD.split(
+            (config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1
+        )
+        if config.qk_norm:
+            q_NHD = rms_norm(q_NHD, self.q_norm_D, config.norm_eps)
+            k_NKD = rms_norm(k_NKD, self.k_norm_D, config.norm_eps)
+        o_NHD = attend(self.index, rope(q_NHD, *angles), rope(k_NKD, *angles), v_NKD)
+        return F.linear(o_NHD.flatten(1), self.out_CX)
+
+    def mlp(self, hidden_NC: Tensor) -> Tensor:
+        """Return what the MLP adds."""
+        normed_NC = rms_norm(hidden_NC, self.mlp_norm_C, self.config.norm_eps)
+        return F.linear(swiglu(F.linear(normed_NC, self.gate_up_GC)), self.down_CF)

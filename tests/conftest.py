@@ -1,0 +1,262 @@
+"""Fixtures that several folders share: a real headless browser, driven over the DevTools protocol.
+
+`browser` gives each test a fresh private tab (own cookies, own cache) of one Chromium per test
+process. It reaches this host only: every other name fails to resolve, and each request, console
+error and uncaught exception of the tab is kept for the test to judge.
+"""
+
+import base64
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+CHROMIUM_FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-default-apps",
+    "--disable-extensions",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--no-default-browser-check",
+    "--no-first-run",
+    "--password-store=basic",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost, EXCLUDE 127.0.0.1",
+    "--remote-debugging-port=0",
+)
+KEYS = {  # key -> (code, Windows virtual key code, text)
+    "Enter": ("Enter", 13, "\r"),
+    "Tab": ("Tab", 9, ""),
+    "Escape": ("Escape", 27, ""),
+    "Backspace": ("Backspace", 8, ""),
+    "Delete": ("Delete", 46, ""),
+    "Home": ("Home", 36, ""),
+    "End": ("End", 35, ""),
+    "ArrowLeft": ("ArrowLeft", 37, ""),
+    "ArrowUp": ("ArrowUp", 38, ""),
+    "ArrowRight": ("ArrowRight", 39, ""),
+    "ArrowDown": ("ArrowDown", 40, ""),
+    " ": ("Space", 32, " "),
+}
+MODIFIERS = {"Alt": 1, "Control": 2, "Meta": 4, "Shift": 8}
+
+
+class DevTools:
+    """One WebSocket to a Chromium: commands in, answers and events out."""
+
+    def __init__(self, url: str) -> None:
+        import websocket
+
+        # Chromium refuses a client that names an origin, as this library does by itself.
+        self._socket = websocket.create_connection(url, timeout=60, suppress_origin=True)
+        self._last_id = 0
+        self.events: list[dict[str, Any]] = []
+
+    def call(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
+        """Send a command and return its result; events that come meanwhile are kept."""
+        self._last_id += 1
+        message = {"id": self._last_id, "method": method, "params": params}
+        if session is not None:
+            message["sessionId"] = session
+        self._socket.send(json.dumps(message))
+        while True:
+            answer = json.loads(self._socket.recv())
+            if answer.get("id") == self._last_id:
+                assert "error" not in answer, f"{method}: {answer['error']}"
+                return dict(answer["result"])
+            if "method" in answer:
+                self.events.append(answer)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Browser:
+    """A tab. `errors` holds what the console and the page complained of, `requests` every URL asked for."""
+
+    def __init__(self, tools: DevTools) -> None:
+        self._tools = tools
+        self._context = tools.call("Target.createBrowserContext")["browserContextId"]
+        target = tools.call("Target.createTarget", url="about:blank", browserContextId=self._context)
+        self._session = tools.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)[
+            "sessionId"
+        ]
+        self._errors: list[str] = []
+        self._requests: list[str] = []
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self._call(f"{domain}.enable")
+        self.resize(1280, 800)
+
+    @property
+    def errors(self) -> list[str]:
+        """Console errors, uncaught exceptions and failed loads so far."""
+        self.evaluate("new Promise(done => setTimeout(done, 0))")
+        return self._errors
+
+    @property
+    def requests(self) -> list[str]:
+        """URLs that the tab asked for so far, the page's own included; data: URLs left out."""
+        self.evaluate("0")
+        return self._requests
+
+    def open(self, target: str | Path, *, timeout_s: float = 30) -> None:
+        """Go to a URL or a local file and wait until its load event is over."""
+        url = target.resolve().as_uri() if isinstance(target, Path) else target
+        if "://" not in url and not url.startswith(("data:", "about:")):
+            url = Path(url).resolve().as_uri()
+        answer = self._call("Page.navigate", url=url)
+        assert "errorText" not in answer, f"{url}: {answer.get('errorText')}"
+        self.wait_for("document.readyState === 'complete'", timeout_s=timeout_s)
+
+    def evaluate(self, expression: str) -> Any:
+        """Run JavaScript in the page, await it if it is a promise, and return its value."""
+        answer = self._call(
+            "Runtime.evaluate",
+            expression=expression,
+            awaitPromise=True,
+            returnByValue=True,
+            userGesture=True,
+        )
+        if problem := answer.get("exceptionDetails"):
+            raise AssertionError(problem.get("exception", {}).get("description") or problem["text"])
+        return answer["result"].get("value")
+
+    def wait_for(self, expression: str, *, timeout_s: float = 10) -> Any:
+        """Wait until the JavaScript expression is truthy; return its value."""
+        until = time.monotonic() + timeout_s
+        while not (value := self.evaluate(expression)):
+            assert time.monotonic() < until, f"not true within {timeout_s:g} s: {expression}"
+            time.sleep(0.02)
+        return value
+
+    def press(self, key: str) -> None:
+        """Press and release a key, as in "Enter", "a", "Shift+Tab", "Control+Enter"."""
+        *held, name = key.split("+") if len(key) > 1 else [key]
+        modifiers = sum(MODIFIERS[modifier] for modifier in held)
+        code, number, text = KEYS.get(name, (f"Key{name.upper()}", ord(name[0].upper()), name))
+        event = {"key": name, "code": code, "windowsVirtualKeyCode": number, "modifiers": modifiers}
+        typed = {"text": text} if text and not modifiers & ~MODIFIERS["Shift"] else {}
+        self._call("Input.dispatchKeyEvent", type="keyDown" if typed else "rawKeyDown", **event, **typed)
+        self._call("Input.dispatchKeyEvent", type="keyUp", **event)
+
+    def type(self, text: str) -> None:
+        """Type text into what has the focus."""
+        self._call("Input.insertText", text=text)
+
+    def resize(self, width: int, height: int, *, dark: bool = False, media: str = "screen") -> None:
+        """Set the viewport in CSS pixels, the colour scheme and the medium ("screen" or "print")."""
+        self._call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._call("Emulation.setEmulatedMedia", media=media, features=[scheme])
+
+    def screenshot(
+        self, path: Path | str, width: int, height: int, dark: bool = False, *, full: bool = False
+    ) -> Path:
+        """Write a PNG of the viewport, or of the `full` page, at this size."""
+        self.resize(width, height, dark=dark)
+        image = self._call("Page.captureScreenshot", format="png", captureBeyondViewport=full)
+        Path(path).write_bytes(base64.b64decode(image["data"]))
+        return Path(path)
+
+    def close(self) -> None:
+        self._tools.call("Target.disposeBrowserContext", browserContextId=self._context)
+
+    def _call(self, method: str, **params: Any) -> dict[str, Any]:
+        answer = self._tools.call(method, self._session, **params)
+        for event in self._tools.events:
+            if event.get("sessionId") == self._session:
+                self._note(event["method"], event["params"])
+        self._tools.events.clear()
+        return answer
+
+    def _note(self, method: str, params: dict[str, Any]) -> None:
+        if method == "Runtime.exceptionThrown":
+            details = params["exceptionDetails"]
+            self._errors.append(details.get("exception", {}).get("description") or details["text"])
+        elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "assert"):
+            self._errors.append(" ".join(str(a.get("value", a.get("description"))) for a in params["args"]))
+        elif method == "Log.entryAdded" and params["entry"]["level"] == "error":
+            entry = params["entry"]
+            self._errors.append(f"{entry['text']} {entry.get('url', '')}".strip())
+        elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith("data:"):
+            self._requests.append(params["request"]["url"])
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[DevTools]:
+    """Start one Chromium for this test process; skip where it, or the WebSocket client, is missing."""
+    pytest.importorskip("websocket", reason="needs the websocket-client package (a test extra)")
+    program = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
+    if program is None:
+        pytest.skip("needs chromium: no chromium or google-chrome in PATH")
+    profile = Path(tempfile.mkdtemp(prefix="marrow-chromium-"))
+    process = subprocess.Popen(
+        [program, *CHROMIUM_FLAGS, f"--user-data-dir={profile}", "about:blank"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # its helper processes end with it
+    )
+    tools: DevTools | None = None
+    try:
+        tools = DevTools(_devtools_url(process, profile / "DevToolsActivePort"))
+        yield tools
+    finally:
+        with contextlib.ExitStack() as last:
+            last.callback(_end, process)
+            if tools is not None:
+                last.callback(tools.close)
+                tools.call("Browser.close")
+        shutil.rmtree(profile, ignore_errors=True)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Wait a little for Chromium to leave by itself, then end all of its process group."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=5)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _devtools_url(process: subprocess.Popen[bytes], port_file: Path, *, timeout_s: float = 30) -> str:
+    """Wait for Chromium to write the port it chose; two lines: port, path."""
+    until = time.monotonic() + timeout_s
+    while True:
+        assert process.poll() is None, f"chromium ended at once with exit code {process.returncode}"
+        assert time.monotonic() < until, f"chromium opened no port within {timeout_s:g} s"
+        lines = port_file.read_text().split("\n") if port_file.exists() else []
+        if len(lines) >= 2 and lines[1]:
+            return f"ws://127.0.0.1:{lines[0]}{lines[1]}"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def browser(chromium: DevTools) -> Iterator[Browser]:
+    """Give a fresh tab, and take it away afterwards."""
+    tab = Browser(chromium)
+    try:
+        yield tab
+    finally:
+        tab.close()
