@@ -27,12 +27,13 @@ from pathlib import Path
 
 NUM_POINTS = 1000
 NUM_WARM_UP = 10
-REPETITIONS = 5
+REPETITIONS = 3
 ROOT = Path(__file__).resolve().parent.parent
 GOAL = 20.0
 
 
 def marrow_add(folder: Path, *, each: bool = False) -> Callable[[int], None]:
+    """Log through a run's buffer."""
     from marrow.store.store import Store
 
     store = Store.open(folder / "home")
@@ -49,6 +50,7 @@ def marrow_add(folder: Path, *, each: bool = False) -> Callable[[int], None]:
 
 
 def marrow_flush(folder: Path) -> Callable[[int], None]:
+    """Make every point durable before the next."""
     return marrow_add(folder, each=True)
 
 
@@ -62,6 +64,7 @@ def _mlflow(folder: Path) -> None:
 
 
 def mlflow_metric(folder: Path) -> Callable[[int], None]:
+    """Log each point with its own call."""
     _mlflow(folder)
     import mlflow
 
@@ -73,6 +76,7 @@ def mlflow_metric(folder: Path) -> Callable[[int], None]:
 
 
 def mlflow_async(folder: Path) -> Callable[[int], None]:
+    """Log through MLflow's own queue."""
     _mlflow(folder)
     import mlflow
 
@@ -85,6 +89,7 @@ def mlflow_async(folder: Path) -> Callable[[int], None]:
 
 
 def mlflow_batch(folder: Path) -> Callable[[int], None]:
+    """Log all points with one call."""
     _mlflow(folder)
     import mlflow
     from mlflow.entities import Metric
@@ -110,6 +115,7 @@ WAYS = {
 
 
 def child(way: str, folder: Path) -> None:
+    """Measure one way in this process; print JSON."""
     log = WAYS[way](folder)
     log(NUM_WARM_UP)
     before, start_s = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
@@ -121,6 +127,7 @@ def child(way: str, folder: Path) -> None:
 
 
 def measure(way: str, python: str) -> dict[str, float]:
+    """Measure one way in a fresh process."""
     with tempfile.TemporaryDirectory(dir=ROOT / ".bench") as folder:
         command = [python, __file__, "--child", way, folder]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -129,6 +136,7 @@ def measure(way: str, python: str) -> dict[str, float]:
 
 
 def main() -> None:
+    """Measure all ways in turns, print the table, write the results."""
     (ROOT / ".bench").mkdir(exist_ok=True)
     peer = os.environ.get("MARROW_BENCH_MLFLOW") or str(ROOT / ".bench/mlflow/bin/python")
     if not Path(peer).exists():

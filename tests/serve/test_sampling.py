@@ -76,7 +76,7 @@ def test_impossible_tokens_are_never_drawn() -> None:
 
 def test_uniform_numbers_are_even_and_unrelated() -> None:
     values = torch.tensor([[uniform(seed, position) for position in range(200)] for seed in range(-5, 200)])
-    assert 0 <= values.min() and values.max() < 1
+    assert values.min() >= 0 and values.max() < 1
     assert abs(values.mean() - 0.5) < 0.01  # 7 standard errors of 41,000 uniform numbers
     for a, b in ((values[:-1], values[1:]), (values[:, :-1], values[:, 1:])):
         correlation = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]

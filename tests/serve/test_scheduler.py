@@ -134,7 +134,9 @@ traffic = st.lists(
 )
 
 
-def play(requests: list[tuple[int, int, int, int, int]]) -> tuple[list[list[tuple[int, int, int]]], Scheduler]:
+def play(
+    requests: list[tuple[int, int, int, int, int]],
+) -> tuple[list[list[tuple[int, int, int]]], Scheduler]:
     """Run the traffic through a cache that is far too small; return every plan."""
     scheduler = make(num_blocks=9, budget=7, places=3, size=4)
     pending = [

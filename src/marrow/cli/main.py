@@ -95,7 +95,7 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of stdout has gone, as in `marrow lineage x | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:  # noqa: BLE001  the last resort: a bug of ours, said plainly
+    except Exception as error:
         if debug:
             raise
         click.echo(f"error: {type(error).__name__}: {error}", err=True)

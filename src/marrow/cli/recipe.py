@@ -28,14 +28,15 @@ class LoadRecipe:
 class ReportRecipe:
     """[report]: what the report asks the model.
 
-    `prompts` empty: beginnings of held-out documents are taken. `python`: count the completions
-    that parse as Python, beside the 5-gram's; None: if the data is the interpreter's own.
+    `prompts` empty: beginnings of held-out documents are taken. `samples`: completions of each
+    prompt that are judged. `python`: count the completions that parse as Python, beside the
+    5-gram's; None: if the data is the interpreter's own.
     """
 
     prompts: tuple[str, ...] = ()
     max_tokens: Annotated[int, Range(1)] = 64
     temperature: Annotated[float, Range(0, 2)] = 0.6
-    samples: Annotated[int, Range(1)] = 40
+    samples: Annotated[int, Range(1)] = 8
     python: bool | None = None
 
 

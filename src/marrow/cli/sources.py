@@ -45,7 +45,9 @@ def imports_of(module: str) -> tuple[str, ...]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return tuple(sorted(n for n in names if n.startswith("marrow.") and not n.startswith("marrow.core") and file_of(n)))
+    return tuple(
+        sorted(n for n in names if n.startswith("marrow.") and not n.startswith("marrow.core") and file_of(n))
+    )
 
 
 def file_of(module: str) -> Path | None:

@@ -54,13 +54,14 @@ def line_chart(
     Returns: a figure, or nothing if there is no finite point.
     """
     references = {name: y for name, y in (references or {}).items() if _drawable(y, log_y)}
-    good = [[(x, y) for x, y in one.points if math.isfinite(x) and _drawable(y, log_y)] for one in series]
+    good = [[(x, y) for x, y in one.points if _drawable(x, False) and _drawable(y, log_y)] for one in series]
     xs = [x for points in good for x, _ in points]
     ys = [y for points in good for _, y in points] + list(references.values())
     if not xs:
         return Html("")
     x_axis = _Axis.over(min(xs), max(xs), tight=True)
-    y_axis = _Axis.over(0.0 if from_zero and not log_y else min(ys), max(ys), log=log_y)
+    zero = [0.0] if from_zero and not log_y else []
+    y_axis = _Axis.over(min(ys + zero), max(ys + zero), log=log_y)
 
     marks: list[Html] = []
     for y in y_axis.ticks:
@@ -120,26 +121,28 @@ def line_chart(
     )
 
 
-def bar_chart(title: str, bars: Sequence[Bar], *, note: str = "") -> Html:
+def bar_chart(title: str, bars: Sequence[Bar], *, note: str = "", top: float | None = None) -> Html:
     """Compare values by bars that all begin at 0; each says its own number.
 
-    Args: bars: values >= 0; `text` is what is printed for the value.
+    Args: bars: values >= 0; `text` is what is printed for the value. top: the value of a full
+            bar; None means the largest.
     """
     if not bars:
         return Html("")
-    top = max(bar.value for bar in bars) or 1.0
+    full = top or max(bar.value for bar in bars) or 1.0
+    track = tag("rect", x=0, y=0, width="100%", height=10, rx=1.5, class_="track")
     rows = []
     for bar in bars:
         text = bar.text or compact(bar.value)
         told = tag("title", f"{bar.name}: {text}")
-        rect = tag("rect", told, x=0, y=0, width=_percent(bar.value / top), height=10, rx=1.5)
+        rect = tag("rect", told, x=0, y=0, width=_percent(bar.value / full), height=10, rx=1.5)
         rows.append(
             tag(
                 "li",
                 tag("span", bar.name, class_="name"),
                 tag("span", bar.note, class_="note"),
                 tag("span", text, class_="value"),
-                tag("svg", rect, role="img", width="100%", height=10),
+                tag("svg", track, rect, role="img", width="100%", height=10),
                 class_="ours" if bar.ours else "",
             )
         )
@@ -197,8 +200,9 @@ def _key(style: str, name: str, value: str) -> Html:
     return tag("span", sample, f" {name} ", tag("b", value), class_="key")
 
 
-def _drawable(y: float, log: bool) -> bool:
-    return math.isfinite(y) and (y > 0 or not log)
+def _drawable(value: float, log: bool) -> bool:
+    """Tell whether an axis can hold a value: differences and powers of it must be floats too."""
+    return abs(value) < 1e300 and (value > 1e-300 or not log)
 
 
 def _percent(share: float) -> str:
@@ -224,7 +228,7 @@ def _path(points: Sequence[tuple[float, float]], x_axis: "_Axis", y_axis: "_Axis
         kept.extend(some)
     steps, pen = [], "M"
     for x, y in kept:
-        if math.isfinite(x) and _drawable(y, y_axis.log):
+        if _drawable(x, False) and _drawable(y, y_axis.log):
             steps.append(f"{pen}{pixels(x_axis.place(x) * 1000)} {pixels((1 - y_axis.place(y)) * 1000)}")
             pen = "L"
         else:
@@ -243,27 +247,31 @@ class _Axis:
     def over(cls, low: float, high: float, *, log: bool = False, tight: bool = False) -> "_Axis":
         """Choose round ticks for a range; the axis ends at ticks unless `tight`."""
         if log:
-            decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-            steps = (1, 2, 5) if len(decades) <= 3 else (1,)
-            ticks = [m * 10.0**d for d in decades for m in steps]
-            low_tick = max((t for t in ticks if t <= low * 1.0001), default=ticks[0])
-            high_tick = min((t for t in ticks if t >= high * 0.9999), default=ticks[-1])
-            if high_tick <= low_tick:
-                high_tick = low_tick * 10
-            return cls(low_tick, high_tick, tuple(t for t in ticks if low_tick <= t <= high_tick), True)
-        if high - low <= 1e-12 * max(abs(low), abs(high)):
+            return cls._over_decades(low, high)
+        if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-290):
             low, high = low - (abs(low) / 2 or 0.5), high + (abs(high) / 2 or 0.5)
         rough = (high - low) / 5
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-        ticks = [round(i * step, 12) for i in range(first, last + 1)]
+        ticks = tuple(float(f"{i * step:.12g}") for i in range(first, last + 1))
         if tight:
             return cls(low, high, tuple(t for t in ticks if low <= t <= high))
-        return cls(ticks[0], ticks[-1], tuple(ticks))
+        return cls(min(ticks[0], low), max(ticks[-1], high), ticks)
+
+    @classmethod
+    def _over_decades(cls, low: float, high: float) -> "_Axis":
+        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+        decades = range(first, max(last, first + 1) + 1)
+        steps = (1, 2, 5) if len(decades) <= 3 else (1,)
+        ticks = [m * 10.0**d for d in decades[:: math.ceil(len(decades) / 8)] for m in steps]
+        bottom = max((t for t in ticks if t <= low), default=low)
+        top = min((t for t in ticks if t >= high and t > bottom), default=max(high, bottom * 10))
+        return cls(bottom, top, tuple(t for t in ticks if bottom <= t <= top), True)
 
     def place(self, value: float) -> float:
         """Return where a value lies: 0 at the low end, 1 at the high end."""
         if self.log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
+            low = math.log(self.low)
+            return (math.log(value) - low) / (math.log(self.high) - low)
         return (value - self.low) / (self.high - self.low)

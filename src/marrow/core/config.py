@@ -13,15 +13,18 @@ values, never the way they were written.
 """
 
 import difflib
+import math
 import re
 import tomllib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from marrow.core.errors import RecipeError
+from marrow.core.flat_toml import TABLE, flatten, read_flat
 from marrow.core.hashes import hash_value
 
 T = TypeVar("T")
@@ -29,11 +32,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Marks a number that may be written with a suffix; `scale` maps the suffix to a factor."""
+    """Marks a number that may be written with a suffix; `scale` maps the suffix to a factor.
+
+    nouns: words that may follow and mean nothing, as in "2B tokens".
+    """
 
     name: str
     scale: Mapping[str, float]
     example: str
+    nouns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +60,8 @@ _COUNT = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 Bytes = Annotated[int, Unit("a size in bytes", _BYTES, '"64MiB"')]
 Duration = Annotated[float, Unit("a duration in seconds", _SECONDS, '"30s"')]
-Count = Annotated[int, Unit("a count", _COUNT, '"2B"')]
+_NOUNS = ("tokens", "steps", "rows", "samples", "documents", "sequences", "requests")
+Count = Annotated[int, Unit("a count", _COUNT, '"2B"', _NOUNS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,93 +99,66 @@ class Recipe:
         raise KeyError(kind.__name__)
 
 
-def load_recipe(path: Path, schema: Mapping[str, type], overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path | None, schema: Mapping[str, type], overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, its base and the command line's `key=value` overrides.
 
-    Args: schema: table name -> frozen dataclass. overrides: as in "train.lr=3e-4"; a value that
-        is not TOML is taken as a string.
+    Args: path: None for a recipe of defaults and overrides alone. schema: table name -> frozen
+        dataclass. overrides: as in "train.lr=3e-4"; a value that is not TOML is taken as a string.
     Raises: RecipeError with file and line for any key, type, unit or bound that is wrong.
     """
-    written = _read(path, base_allowed=True)
+    written = {} if path is None else _read(path, base_allowed=True)
     for override in overrides:
         key, value = _parse_override(override)
-        written[key] = (value, Origin(f"--set {override}"))
-    sections: dict[str, Any] = {}
+        _write(written, flatten(key, value), Origin(f"--set {override}"))
+    for key, (value, origin) in written.items():
+        table = key.split(".")[0]
+        if table not in schema:
+            what = "table" if value is TABLE else "key"
+            raise _unknown(what, table, list(schema), origin, _places(key.split(".")[-1], schema))
+        if key == table and value is not TABLE:
+            raise _wrong_type(value, "a table", key, origin, hint=f"write [{key}]")
+    for table in schema:
+        written.setdefault(table, (TABLE, Origin(str(path or "recipe"))))
     origins: dict[str, Origin] = {}
-    for key, (_, origin) in written.items():
-        table = key.split(".", 1)[0]
-        if table not in schema or "." not in key:
-            raise _unknown("table" if "." in key else "key", table, list(schema), origin)
-    for table, kind in schema.items():
-        sections[table] = _build(kind, table, written, origins)
-    return Recipe(path.stem, path, sections, origins)
+    sections = {table: _build(kind, table, written, origins, schema) for table, kind in schema.items()}
+    return Recipe(path.stem if path else "", path or Path(), sections, origins)
 
 
-def _read(path: Path, *, base_allowed: bool) -> dict[str, tuple[Any, Origin]]:
-    """Flatten a TOML file to {"table.key": (value, origin)}, on top of its base's."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        nearby = sorted(str(p) for folder in {path.parent, Path("recipes")} for p in folder.glob("*.toml"))
-        close = difflib.get_close_matches(str(path), nearby, n=1, cutoff=0.4)
-        raise RecipeError(
-            f"no recipe at {path}",
-            hint=f"did you mean {close[0]}?" if close else "give the path of a .toml file",
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read {path}: {error}", hint="a recipe is a UTF-8 TOML file") from None
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(
-            f"{path}: {error}", hint="the file is not valid TOML; strings need quotes"
-        ) from None
-    values: dict[str, tuple[Any, Origin]] = {}
-    base = tree.pop("base", None)
+Written = dict[str, tuple[Any, Origin]]
+
+
+def _read(path: Path, *, base_allowed: bool) -> Written:
+    """Return {"table.key": (value, origin)} of a file, on top of its base's."""
+    file = read_flat(path)
+    written: Written = {}
+    base = file.values.get("base")
     if base is not None:
+        place = Origin(file.place("base"))
+        if not isinstance(base, str):
+            raise _wrong_type(base, "a string", "base", place)
         if not base_allowed:
             raise RecipeError(
-                f"{path}: base = {base!r}: a base may not have a base", hint="copy its keys here"
+                f"{place}: base = {base!r}: a base may not have a base", hint="copy its keys here"
             )
-        values.update(_read(path.parent / base, base_allowed=False))
-    lines = _key_lines(text)
-
-    def flatten(prefix: str, table: Mapping[str, Any]) -> None:
-        for name, value in table.items():
-            key = f"{prefix}{name}"
-            if isinstance(value, dict) and value:
-                flatten(f"{key}.", value)
-            else:
-                values[key] = (value, Origin(f"{path}:{lines.get(key, 1)}"))
-
-    flatten("", tree)
-    return values
+        written.update(_read(path.parent / base, base_allowed=False))
+    for key, value in file.values.items():
+        if key != "base":
+            _write(written, [(key, value)], Origin(file.place(key)))
+    return written
 
 
-_HEADER = re.compile(r"^\s*\[\s*([^\[\]]+?)\s*\]\s*(?:#.*)?$")
-_KEY = re.compile(r"""^\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
-
-
-def _key_lines(text: str) -> dict[str, int]:
-    """Map "table.key" to its line. tomllib gives no positions, so lines are scanned for keys."""
-    lines: dict[str, int] = {}
-    table = ""
-    inside: str | None = None  # the quotes of an open multi-line string
-    for number, line in enumerate(text.splitlines(), 1):
-        if inside is None:
-            if header := _HEADER.match(line):
-                table = _bare(header[1]) + "."
-                lines.setdefault(table[:-1], number)
-            elif key := _KEY.match(line):
-                lines.setdefault(table + _bare(key[1]), number)
-        for quotes in ('"""', "'''"):
-            if inside in (None, quotes) and line.count(quotes) % 2:
-                inside = quotes if inside is None else None
-    return lines
-
-
-def _bare(key: str) -> str:
-    return ".".join(part.strip().strip("\"'") for part in key.split("."))
+def _write(
+    written: Written, entries: Iterator[tuple[str, Any]] | list[tuple[str, Any]], origin: Origin
+) -> None:
+    """Lay entries over those that are there, with the tables that their keys imply."""
+    for key, value in entries:
+        parts = key.split(".")
+        for i in range(1, len(parts)):
+            table = ".".join(parts[:i])
+            if written.get(table, (None,))[0] is not TABLE:
+                written[table] = (TABLE, origin)
+        if value is not TABLE or written.get(key, (None,))[0] is not TABLE:
+            written[key] = (value, origin)
 
 
 def _parse_override(override: str) -> tuple[str, Any]:
@@ -192,7 +173,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
 
 
 def _build(
-    kind: type, prefix: str, written: Mapping[str, tuple[Any, Origin]], origins: dict[str, Origin]
+    kind: type, prefix: str, written: Written, origins: dict[str, Origin], schema: Mapping[str, type]
 ) -> Any:
     """Make the dataclass for one table, filling defaults and recording origins."""
     hints = get_type_hints(kind, include_extras=True)
@@ -203,18 +184,22 @@ def _build(
         if key.startswith(f"{prefix}."):
             name = key[len(prefix) + 1 :].split(".")[0]
             if name not in known:
-                raise _unknown(f"key in [{prefix}]", name, list(known), origin)
+                raise _unknown(f"key in [{prefix}]", name, list(known), origin, _places(name, schema))
     for name, field_ in known.items():
         key = f"{prefix}.{name}"
         if is_dataclass(hints[name]):
-            given[name] = _build(cast(type, hints[name]), key, written, origins)
+            value, origin = written.get(key, (TABLE, DEFAULT))
+            if value is not TABLE:
+                raise _wrong_type(value, "a table", key, origin, hint=f"write [{key}]")
+            given[name] = _build(cast(type, hints[name]), key, written, origins, schema)
         elif key in written:
             value, origin = written[key]
             given[name] = _convert(value, hints[name], key, origin)
             origins[key] = origin
             places.append(origin)
         elif field_.default is MISSING and field_.default_factory is MISSING:
-            raise RecipeError(f"[{prefix}] needs {name}", hint=f"add {name} = ... to [{prefix}]")
+            place = written.get(prefix, written[prefix.split(".")[0]])[1]
+            raise RecipeError(f"{place}: [{prefix}] needs {name}", hint=f"add {name} = ... to [{prefix}]")
         else:
             origins[key] = DEFAULT
     try:
@@ -224,8 +209,24 @@ def _build(
         raise RecipeError(f"{where}: [{prefix}] {error}") from None
 
 
-def _unknown(what: str, name: str, known: Sequence[str], origin: Origin) -> RecipeError:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+def _places(name: str, schema: Mapping[str, type]) -> list[str]:
+    """Return the keys of all tables that end in this name."""
+    found = []
+    for table, kind in schema.items():
+        hints = get_type_hints(kind)
+        nested = {field.name: hints[field.name] for field in fields(kind) if is_dataclass(hints[field.name])}
+        if name in hints and name not in nested:
+            found.append(f"{table}.{name}")
+        found += [f"{table}.{key}" for key in _places(name, cast(Mapping[str, type], nested))]
+    return found
+
+
+def _unknown(
+    what: str, name: str, known: Sequence[str], origin: Origin, elsewhere: Sequence[str] = ()
+) -> RecipeError:
+    close = [*elsewhere, *difflib.get_close_matches(name, known, n=1, cutoff=0.5)]
+    if what == "table":  # a misspelt name is likelier than a key in a table that is not there
+        close.reverse()
     hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
     return RecipeError(f"{origin}: unknown {what}: {name!r}", hint=hint)
 
@@ -249,14 +250,16 @@ def _convert(value: Any, hint: Any, key: str, origin: Origin) -> Any:
                 return _convert(value, Annotated[option, *marks] if marks else option, key, origin)
             except RecipeError as error:
                 failures.append(error)
-        raise failures[0]
+        raise RecipeError(
+            failures[0].message, hint=", or ".join(dict.fromkeys(str(failure.hint) for failure in failures))
+        )
     if get_origin(hint) is Literal:
         choices = get_args(hint)
-        if value not in choices:
+        if not any(type(choice) is type(value) and choice == value for choice in choices):
             close = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
             known = ", ".join(repr(c) for c in choices)
             raise RecipeError(
-                f"{origin}: {key} = {value!r} is none of {known}",
+                f"{origin}: {key} = {_shown(value)} is none of {known}",
                 hint=f"did you mean {close[0]!r}?" if close else f"write one of {known}",
             )
         return value
@@ -266,47 +269,70 @@ def _convert(value: Any, hint: Any, key: str, origin: Origin) -> Any:
             raise _wrong_type(value, f"a list of {_name(item)}s", key, origin)
         return tuple(_convert(v, item, key, origin) for v in value)
     number = _number(value, hint, unit, key, origin)
+    if isinstance(number, float) and not math.isfinite(number):
+        raise RecipeError(
+            f"{origin}: {key} = {_shown(value)} is no finite number", hint="write a finite number"
+        )
     for mark in marks:
-        if isinstance(mark, Range) and number is not None:
-            low, high = mark.low, mark.high
-            if (low is not None and number < low) or (high is not None and number > high):
-                allowed = " and ".join(
-                    [f"at least {low:g}"] * (low is not None) + [f"at most {high:g}"] * (high is not None)
+        if isinstance(mark, Range):
+            bounds = {"at least": mark.low, "at most": mark.high}
+            if number < (-math.inf if mark.low is None else mark.low) or number > (
+                math.inf if mark.high is None else mark.high
+            ):
+                allowed = " and ".join(f"{side} {n:g}" for side, n in bounds.items() if n is not None)
+                raise RecipeError(
+                    f"{origin}: {key} = {_shown(value)} is out of range", hint=f"allowed: {allowed}"
                 )
-                raise RecipeError(f"{origin}: {key} = {value!r} is out of range", hint=f"allowed: {allowed}")
     return number
+
+
+# At most two digits of exponent: no count needs more, and a billion digits would fill the memory.
+_WITH_UNIT = re.compile(
+    r"\s*(\d[\d_]*(?:\.\d+)?(?:e[+-]?\d{1,2})?)\s*([A-Za-z]*)(?:\s+([a-z]+))?\s*", re.ASCII
+)
 
 
 def _number(value: Any, hint: Any, unit: Unit | None, key: str, origin: Origin) -> Any:
     if unit is not None and isinstance(value, str):
-        match = re.fullmatch(r"\s*([\d._]+(?:e[+-]?\d+)?)\s*([A-Za-z]*)(?:\s+\w+)?\s*", value)
-        scale = 1.0 if match and not match[2] else unit.scale.get(match[2]) if match else None
-        try:
-            scaled = float(match[1]) * scale if match and scale is not None else None
-        except ValueError:
-            scaled = None
-        if scaled is None or (hint is int and scaled != int(scaled)):
+        scaled = _scaled(value, unit)
+        if scaled is None or (hint is int and scaled.denominator != 1):
             raise RecipeError(
-                f"{origin}: {key} = {value!r} is not {unit.name}",
+                f"{origin}: {key} = {_shown(value)} is not {unit.name}",
                 hint=f"write a number, or {unit.example}; units: {', '.join(unit.scale)}",
             )
-        return int(scaled) if hint is int else scaled
+        return int(scaled) if hint is int else float(scaled)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < 2**1023 else math.inf
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     wanted = hint if isinstance(hint, type) else object
-    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool) or value is TABLE:
         raise _wrong_type(
             value, f"{unit.name} such as {unit.example}" if unit else f"a {_name(hint)}", key, origin
         )
     return value
 
 
-def _wrong_type(value: Any, wanted: str, key: str, origin: Origin) -> RecipeError:
+def _scaled(text: str, unit: Unit) -> Fraction | None:
+    """Read a number with a suffix exactly; None if it is none."""
+    match = _WITH_UNIT.fullmatch(text)
+    if match is None or match[1].endswith("_") or (match[3] and match[3] not in unit.nouns):
+        return None
+    if match[2] and match[2] not in unit.scale and (match[3] or match[2] not in unit.nouns):
+        return None
+    return Fraction(match[1].replace("_", "")) * Fraction(str(unit.scale.get(match[2], 1)))
+
+
+def _wrong_type(value: Any, wanted: str, key: str, origin: Origin, hint: str = "") -> RecipeError:
+    shown = key if value is TABLE else f"{key} = {_shown(value)}"
     return RecipeError(
-        f"{origin}: {key} = {value!r} is a {_name(type(value))}, not {wanted}", hint=f"write {wanted}"
+        f"{origin}: {shown} is a {_name(type(value))}, not {wanted}", hint=hint or f"write {wanted}"
     )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 _NAMES = {
@@ -316,6 +342,7 @@ _NAMES = {
     bool: "true or false",
     list: "list",
     dict: "table",
+    type(TABLE): "table",
 }
 
 

@@ -107,15 +107,19 @@ def tag(name: str, *children: str, **attributes: str | float | None) -> Html:
     return Html(f"<{name}{written}>{inside}</{name}>")
 
 
-# What HTML cannot hold is shown as a picture of itself, so that hostile bytes stay visible.
+# Control characters are shown as pictures of themselves, so that hostile bytes stay visible.
 _CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {0x7F: 0x2421}
 _CONTROLS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
+def visible(text: str) -> str:
+    """Replace what neither a page nor a terminal may be sent: controls and lone surrogates."""
+    return text.replace("\r\n", "\n").translate(_CONTROLS).encode("utf-8", "replace").decode("utf-8")
+
+
 def escape(text: str) -> Html:
     """Make any text safe between tags and inside quoted attributes."""
-    clean = text.replace("\r\n", "\n").translate(_CONTROLS).encode("utf-8", "replace").decode("utf-8")
-    return Html(_html.escape(clean, quote=True))
+    return Html(_html.escape(visible(text), quote=True))
 
 
 def join(*blocks: Html) -> Html:
@@ -143,9 +147,9 @@ def beside(*columns: tuple[str, Html]) -> Html:
     return tag("div", *(tag("div", tag("h4", title), block) for title, block in columns), class_="beside")
 
 
-def card(title: str | Html, *blocks: Html) -> Html:
-    """Frame blocks that belong together."""
-    return tag("article", tag("h3", title), *blocks)
+def card(title: str, *blocks: Html) -> Html:
+    """Keep blocks together, under a small title if there is one."""
+    return tag("article", tag("h3", title) if title else "", *blocks)
 
 
 def tiles(*figures: Tile) -> Html:
@@ -164,7 +168,7 @@ def tiles(*figures: Tile) -> Html:
     return tag("dl", *items, class_="tiles")
 
 
-_NUMBER = re.compile(r"[-−+<]?[\d.,]+(?:e[-+]?\d+)?(?: ?[a-zA-Zµ%/]{1,7})?x?")
+_NUMBER = re.compile(r"[-−+<]?(?:[\d.,]+(?:e[-+]\d+)? ?[a-zA-Zµ%/]{0,7}){1,2}")  # 1,234; 4.2 ms; 2m05s
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Cell]], *, caption: str = "") -> Html:
@@ -205,9 +209,10 @@ def compact(value: float) -> str:
     size = abs(value)
     if not math.isfinite(value):
         return str(value)
-    for scale, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if size >= 10 * scale or (size >= scale and scale > 1e3):
-            return f"{value / scale:.3g}{suffix}" if size < 999.5 * scale else f"{value / scale:.0f}{suffix}"
+    for scale, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if size >= 0.9995 * scale:
+            scaled = value / min(scale, 1e3) if suffix == "k" else value / scale
+            return f"{scaled:.3g}{suffix}" if abs(scaled) < 999.5 else f"{scaled:,.0f}{suffix}"
     if size >= 999.5:
         return f"{value:,.0f}"
     return f"{value:.3g}" if size >= 1e-4 or size == 0 else f"{value:.1e}"
@@ -232,15 +237,16 @@ STYLE = """
 :root{color-scheme:light dark;--paper:#fffefb;--raised:#f6f4ee;--ink:#1c1f23;--muted:#5d636b;--rule:#dcd8ce;
 --accent:#0f5c7a;--mark:#fbe7a8;--on:#ffffff;
 --p0:#0f5c7a;--p1:#9a4a1c;--p2:#2f6b4f;--p3:#6d4a86;--p4:#806010;--p5:#9c3550;--other:#6b7178}
-@media(prefers-color-scheme:dark){:root{--paper:#15181b;--raised:#1d2125;--ink:#e9e6df;--muted:#a0a6ad;
---rule:#343a40;--accent:#7cc0dc;--mark:#5b4a12;--on:#121518;
+@media screen and (prefers-color-scheme:dark){:root{--paper:#15181b;--raised:#1d2125;--ink:#e9e6df;
+--muted:#a0a6ad;--rule:#343a40;--accent:#7cc0dc;--mark:#5b4a12;--on:#121518;
 --p0:#7cc0dc;--p1:#e39b6d;--p2:#85c5a2;--p3:#c3a4da;--p4:#d6b65c;--p5:#e995aa;--other:#a2a8ae}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%;scroll-behavior:smooth}
 body{margin:0 auto;padding:3.5rem 1.5rem 4rem;max-width:62rem;background:var(--paper);color:var(--ink);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","Liberation Sans",sans-serif;
-font-variant-numeric:tabular-nums;overflow-wrap:break-word}
-h1,h2{font-family:Charter,"Bitstream Charter","Sitka Text",Cambria,"Noto Serif","Liberation Serif",Georgia,serif;
+font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
+h1,h2{font-family:Charter,"Bitstream Charter","Sitka Text",Cambria,"Noto Serif","Liberation Serif",Georgia,
+serif;
 font-weight:600;line-height:1.2;text-wrap:balance}
 h1{margin:0;font-size:2.5rem;letter-spacing:-.015em}
 h2{margin:0 0 1.25rem;font-size:1.5rem;letter-spacing:-.005em}
@@ -249,14 +255,17 @@ h4{margin:0 0 .375rem;font-size:.8125rem;font-weight:600;color:var(--muted)}
 p{margin:0 0 1rem;max-width:42rem}
 a{color:var(--accent);text-decoration-thickness:1px;text-underline-offset:.2em}
 :focus-visible{outline:2px solid var(--accent);outline-offset:3px}
-.subtitle{margin:.5rem 0 0;font-size:1.0625rem;color:var(--muted)}
-nav ul{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;margin:2rem 0 0;padding:0;list-style:none;font-size:.875rem}
+.subtitle{margin:.5rem 0 0;max-width:none;font-size:1.0625rem;color:var(--muted)}
+nav ul{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;margin:2rem 0 0;padding:0;list-style:none;
+font-size:.875rem}
 section{margin-top:3.25rem;padding-top:1.25rem;border-top:1px solid var(--rule);scroll-margin-top:1rem}
 section>:last-child,article>:last-child,figure>:last-child{margin-bottom:0}
-footer{margin-top:3.5rem;padding-top:1rem;border-top:1px solid var(--rule);font-size:.8125rem;color:var(--muted)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.75rem,1fr));gap:1px;margin:2rem 0 0;
-background:var(--rule);border-block:1px solid var(--rule)}
-.tiles>div{padding:.875rem 1rem .875rem 0;background:var(--paper)}
+footer{margin-top:3.5rem;padding-top:1rem;border-top:1px solid var(--rule);font-size:.8125rem;
+color:var(--muted)}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(8rem,1fr));gap:1.25rem 1.75rem;
+margin:2rem 0 0;
+padding:1.25rem 0;border-block:1px solid var(--rule)}
+.tiles>div{display:grid;grid-row:span 3;grid-template-rows:subgrid;row-gap:0;align-items:start}
 .tiles dt{font-size:.8125rem;color:var(--muted)}
 .tiles dd{margin:0}
 .tiles .value{font-size:1.625rem;line-height:1.3;letter-spacing:-.01em}
@@ -264,27 +273,30 @@ background:var(--rule);border-block:1px solid var(--rule)}
 .scroll{margin:0 0 1.25rem;overflow-x:auto}
 table{width:100%;border-collapse:collapse;font-size:.875rem;line-height:1.4}
 caption{padding-bottom:.5rem;text-align:left;font-weight:600}
-th,td{padding:.4375rem 1.25rem .4375rem 0;border-bottom:1px solid var(--rule);text-align:left;vertical-align:top;
+th,td{padding:.4375rem 1.25rem .4375rem 0;border-bottom:1px solid var(--rule);text-align:left;
+vertical-align:top;
 unicode-bidi:isolate}
 th{font-weight:600;color:var(--muted);white-space:nowrap;border-bottom-color:var(--muted)}
 td{min-width:4rem;max-width:30rem;overflow-wrap:anywhere}
 th:last-child,td:last-child{padding-right:0}
 .n{text-align:right;white-space:nowrap}
-pre,code{font:.8125rem/1.5 ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono","Liberation Mono",monospace}
+pre,code{font:.8125rem/1.5 ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono","Liberation Mono",
+monospace}
 pre{margin:0 0 1rem;padding:.75rem .875rem;background:var(--raised);border-radius:4px;white-space:pre-wrap;
 overflow-wrap:anywhere;unicode-bidi:isolate;tab-size:4}
 pre b,h3 code{font-weight:700;color:var(--accent)}
-mark{background:var(--mark);color:inherit;border-radius:2px;box-decoration-break:clone;-webkit-box-decoration-break:clone}
+mark{background:var(--mark);color:inherit;border-radius:2px;box-decoration-break:clone;
+-webkit-box-decoration-break:clone}
 article{margin:0 0 2rem}
-article h3{overflow-wrap:anywhere}
 .beside{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr));gap:1rem 1.25rem}
 .beside>div{min-width:0;display:flex;flex-direction:column}
 .beside pre{flex:1;margin:0}
 details{margin-top:.5rem;font-size:.875rem}
-summary{width:max-content;cursor:pointer;color:var(--muted)}
+summary{width:max-content;max-width:100%;cursor:pointer;color:var(--muted)}
 details[open] summary{margin-bottom:.5rem}
 figure{margin:0 0 2.25rem;break-inside:avoid}
-figcaption{display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 1rem;margin-bottom:.5rem;font-size:.9375rem}
+figcaption{display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 1rem;margin-bottom:.5rem;
+font-size:.9375rem}
 svg{display:block;overflow:visible}
 svg text{font-size:12px;fill:var(--muted)}
 .plot{margin:.75rem .5rem 0 3.25rem;width:calc(100% - 3.75rem)}
@@ -301,10 +313,11 @@ svg text{font-size:12px;fill:var(--muted)}
 .r0{stroke-dasharray:5 4}.r1{stroke-dasharray:1.5 3}.r2{stroke-dasharray:10 3 2 3}
 .dot{fill:var(--paper);stroke-width:2;stroke-dasharray:none}.touch{fill:transparent}
 .bars,.parts{margin:0;padding:0;list-style:none}
-.bars li{display:flex;flex-wrap:wrap;align-items:baseline;gap:0 .75rem;margin-bottom:.875rem;font-size:.875rem}
+.bars li{display:flex;flex-wrap:wrap;align-items:baseline;gap:0 .75rem;margin-bottom:.875rem;
+font-size:.875rem}
 .bars .note{flex:1;margin:0}.bars .value{margin-left:auto}
 .bars svg{flex-basis:100%;margin-top:.25rem}
-.bars rect{fill:var(--other)}
+.bars rect{fill:var(--other)}.bars .track,.bars .ours .track{fill:var(--raised)}
 .bars .ours{font-weight:650}.bars .ours .note{font-weight:400}.bars .ours rect{fill:var(--p0)}
 .parts{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;margin-top:.5rem}
 .part{stroke:var(--paper);stroke-width:1.5}
@@ -320,7 +333,8 @@ font-weight:600;font-size:.75rem;line-height:1.125rem;text-align:center}
 .node .note{font-size:11px;fill:var(--muted)}
 .edge{fill:none;stroke:var(--muted);stroke-width:1.25}
 @media(max-width:36rem){body{padding:2rem 1rem 3rem}h1{font-size:2rem}section{margin-top:2.5rem}
-.tiles{grid-template-columns:1fr 1fr}}
+.tiles{grid-template-columns:1fr 1fr}
+.bars .note{order:1;flex-basis:100%}.bars svg{order:2}}
 @media print{body{max-width:none;padding:0;font-size:10.5pt;background:none}nav{display:none}
 section{margin-top:2rem}h2,h3,h4{break-after:avoid}tr,article{break-inside:avoid}.scroll{overflow:visible}
 pre{border:1px solid var(--rule)}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}

@@ -45,10 +45,12 @@ DOCUMENT_SCHEMA = pa.schema(
         described("row", pa.int32(), "row within that row group, from 0"),
         described("source_part", pa.string(), "rows file that the document was made from"),
         described("num_bytes", pa.int64(), "UTF-8 bytes of text"),
-        described("cluster", pa.int64(), "document_id of the first near-duplicate in its cluster, or its own"),
+        described(
+            "cluster", pa.int64(), "document_id of the first near-duplicate in its cluster, or its own"
+        ),
     ]
 )
-_STAYS, _NO_TEXT, _DROPPED = 0, 1, 2
+_STAYS, _DROPPED = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,9 @@ class _Road:
             values = as_texts(batch.column(self.group))
             return [_row_name(place, i) if value is None else value for i, value in enumerate(values)]
         if self.is_stdlib:
-            names = zip(batch.column("module").to_pylist(), batch.column("qualified_name").to_pylist(), strict=True)
+            names = zip(
+                batch.column("module").to_pylist(), batch.column("qualified_name").to_pylist(), strict=True
+            )
             return [group_of(module, qualified) for module, qualified in names]
         if self.by_file:
             files: list[str] = batch.column("_file").to_pylist()
@@ -104,6 +108,7 @@ class _Sieve:
 
     recipe: DataRecipe
     drops: _Drops
+    is_stdlib: bool
     states: list[int] = field(default_factory=list)
     kept_rows: list[int] = field(default_factory=list)
     signatures: list[Any] = field(default_factory=list)
@@ -127,9 +132,10 @@ class _Sieve:
             progress(len(self.states), 2 * num_rows, "rows")
 
     def _state(self, text: str | None, sample: dict[str, Any], rules: Any) -> int:
-        if text is None:
-            self.drops.add("no_text", None, sample)
-            return _NO_TEXT
+        if text is None:  # class and function rows of the documentation lie in their module's text
+            if not self.is_stdlib:
+                self.drops.add("no_text", None, sample)
+            return _DROPPED
         with span("quality"):
             verdict: Verdict | None = judge(text, rules)
         if verdict is not None:
@@ -154,7 +160,7 @@ def clean(recipe: DataRecipe, rows: Path, out: Path, progress: Progress = silent
     """
     road = _road(recipe, rows)
     num_rows = sum(open_table(path).metadata.num_rows for path in parts(rows, ROWS))
-    sieve = _Sieve(recipe, _Drops())
+    sieve = _Sieve(recipe, _Drops(), road.is_stdlib)
     with span("read rows"):
         sieve.run(rows, road, num_rows, progress)
     with span("near duplicates"):
@@ -201,10 +207,10 @@ def _resolve(sieve: _Sieve, num_rows: int) -> tuple[I64, I64]:
     cluster_N = np.arange(len(kept))
     if sieve.signatures:
         near = find_near_duplicates(np.stack(sieve.signatures), sieve.recipe.dedup.similarity)
-        cluster_N = near.cluster_N
+        cluster_N = near.clusters
         if sieve.recipe.dedup.near == "drop":
-            stays = near.duplicate_of_N < 0
-            document_of_row[kept[~stays]] = -2 - kept[near.duplicate_of_N[~stays]]
+            stays = near.duplicate_of < 0
+            document_of_row[kept[~stays]] = -2 - kept[near.duplicate_of[~stays]]
     document_of_row[kept[stays]] = np.arange(int(stays.sum()))
     # The first member of a cluster always stays, so its document id can name the cluster.
     cluster_of_row[kept] = document_of_row[kept[cluster_N]]
@@ -242,10 +248,8 @@ def _write(
                     if row in originals:
                         place_of[row] = f"{files[i]}:{lines[i]}"
                     size = _num_bytes(text)
-                    records.append(
-                        (document, text, groups[i], files[i], lines[i], place.row_group, place.row + i)
-                        + (place.part, size, int(cluster_of_row[row]))
-                    )
+                    source = (files[i], lines[i], place.row_group, place.row + i, place.part)
+                    records.append((document, text, groups[i], *source, size, int(cluster_of_row[row])))
                     num_documents += 1
                     num_bytes += size
                     groups_seen.add(groups[i])

@@ -1,8 +1,8 @@
-"""The `[data]` table of a recipe: where rows come from and what becomes of them.
+r"""The `[data]` table of a recipe: where rows come from and what becomes of them.
 
     [data]
     source = "python"            # or a file, a folder, a glob
-    text = "{title}\\n\\n{body}"   # a template over columns; default: all text columns
+    text = "{title}\n\n{body}"   # a template over columns; default: all text columns
     group = "author"             # rows that share it stay on one side of the split
     [data.quality]
     min_chars = 16
@@ -32,8 +32,8 @@ class QualityRecipe:
 
     min_chars: Annotated[int, Range(0)] = 16
     max_control_share: Share = 0.01
-    max_table_share: Share = 0.5
-    max_digit_share: Share = 0.35
+    max_table_share: Share = 0.55
+    max_digit_share: Share = 0.3
     max_blob_share: Share = 0.2
     max_repeated_share: Share = 0.5
 

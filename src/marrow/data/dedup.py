@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 NUM_HASHES = 128
 SHINGLE_WORDS = 5
-MAX_BUCKET_PAIRS = 32  # members of one bucket that each text is compared with; the rest link in a chain
+MAX_BUCKET_PAIRS = 16
 _CACHE_WORDS = 1 << 20
 _CHUNK = 1024
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\u0e00-\u0eff"
@@ -84,12 +84,12 @@ class Signer:
 class NearDuplicates:
     """Which texts are near-duplicates.
 
-    cluster_N: the first member of each text's cluster. duplicate_of_N: the kept earlier text that a
-    text is a near-duplicate of, or -1 if it is kept.
+    clusters: int64 [N], the first member of each text's cluster. duplicate_of: int64 [N], the kept
+    earlier text that a text is a near-duplicate of, or -1 if it is kept.
     """
 
-    cluster_N: I64
-    duplicate_of_N: I64
+    clusters: I64
+    duplicate_of: I64
     num_pairs: int
 
 
@@ -111,18 +111,20 @@ def find_near_duplicates(signatures_NK: U32, similarity: float) -> NearDuplicate
 
 def near_pairs(signatures_NK: U32, similarity: float) -> I64:
     """Return the pairs [M, 2] (first < second) whose estimated similarity is high enough."""
-    rows = band_rows(similarity)
-    found: list[I64] = [np.empty((0, 2), np.int64)]
+    rows, count = band_rows(similarity), len(signatures_NK)
+    coded: I64 = np.empty(0, np.int64)  # a pair as first * N + second
     for start in range(0, NUM_HASHES, rows):
-        found.append(_bucket_pairs(np.ascontiguousarray(signatures_NK[:, start : start + rows])))
-    pairs = np.unique(np.concatenate(found), axis=0)
+        first, second = _bucket_pairs(signatures_NK[:, start : start + rows])
+        coded = np.union1d(coded, first * count + second)
+    pairs: I64 = np.stack([coded // max(1, count), coded % max(1, count)], axis=1)
     deviation = (similarity * (1 - similarity) / NUM_HASHES) ** 0.5
     needed = (similarity - 2 * deviation) * NUM_HASHES
     near = [
         (signatures_NK[chunk[:, 0]] == signatures_NK[chunk[:, 1]]).sum(axis=1) >= needed
         for chunk in np.array_split(pairs, max(1, len(pairs) // 65536))
     ]
-    return pairs[np.concatenate(near)]
+    kept: I64 = pairs[np.concatenate(near)]
+    return kept
 
 
 def band_rows(similarity: float) -> int:
@@ -150,16 +152,23 @@ def components(count: int, pairs: I64) -> I64:
     return np.fromiter((root(node) for node in range(count)), np.int64, count)
 
 
-def _bucket_pairs(band_NR: U32) -> I64:
-    """Return pairs of texts that agree in a whole band: each with those before it in its bucket."""
-    keys = band_NR.view(np.dtype((np.void, band_NR.dtype.itemsize * band_NR.shape[1]))).ravel()
-    _, bucket_N = np.unique(keys, return_inverse=True)
-    order = np.argsort(bucket_N, kind="stable")
-    ordered = bucket_N[order]
-    pairs = []
+def _bucket_pairs(band_NR: U32) -> tuple[I64, I64]:
+    """Return pairs of texts that agree in a whole band, the earlier ones and the later ones.
+
+    In a bucket of many texts each is paired with the 16 before it only: those are copies of each
+    other, and the chain still ties all of them into one cluster.
+    """
+    key_N = np.zeros(len(band_NR), np.uint64)  # two bands that collide cost one comparison more
+    for column in band_NR.T:
+        key_N = (key_N ^ column) * np.uint64(0x9E3779B97F4A7C15)
+        key_N ^= key_N >> np.uint64(32)
+    order = np.argsort(key_N, kind="stable")
+    ordered = key_N[order]
+    first, second = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for distance in range(1, MAX_BUCKET_PAIRS + 1):
         same = np.flatnonzero(ordered[distance:] == ordered[:-distance])
         if not len(same):
             break
-        pairs.append(np.stack([order[same], order[same + distance]], axis=1))
-    return np.concatenate(pairs) if pairs else np.empty((0, 2), np.int64)
+        first.append(order[same])
+        second.append(order[same + distance])
+    return np.concatenate(first), np.concatenate(second)

@@ -5,6 +5,10 @@ was broken is in quarantine.jsonl with its file and line, never silently gone. E
 equal bytes.
 """
 
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,26 @@ import pyarrow as pa
 from marrow.core.errors import SourceError
 from marrow.core.progress import Progress, silent
 from marrow.core.span import span
+from marrow.data.columns import SchemaGrewError, fit, join_schemas
 from marrow.data.config import PYTHON, DataRecipe
+from marrow.data.delimited import Tally
+from marrow.data.formats import Chunk, read_file
+from marrow.data.sources import Broken, Found, SourceFile, find_files
 from marrow.data.stdlib import SCHEMA, StdlibRow, read_stdlib, stdlib_files, stdlib_folder
-from marrow.data.tables import ParquetFile
+from marrow.data.tables import ParquetFile, described
+from marrow.data.template import PROVENANCE
 
 BATCH_ROWS = 1024
+MAX_FILE_BYTES = 1 << 30  # uncompressed bytes of rows after which a new rows file is begun
+QUARANTINE = "quarantine.jsonl"
+_PROVENANCE_FIELDS = (
+    described(PROVENANCE[0], pa.string(), "source file, below the source's folder"),
+    described(
+        PROVENANCE[1],
+        pa.int64(),
+        "line at which the row begins (text, CSV, JSONL) or its number (Parquet, Arrow), from 1",
+    ),
+)
 
 
 def ingest(recipe: DataRecipe, out: Path, progress: Progress = silent) -> dict[str, Any]:
@@ -25,10 +44,131 @@ def ingest(recipe: DataRecipe, out: Path, progress: Progress = silent) -> dict[s
 
     Returns: facts: files, rows, bytes read and written, columns, broken rows.
     Raises: SourceError if the source is missing, empty, unreadable or mostly broken.
+    Cost: one pass, two if a later row does not fit the types of the first; bounded memory.
     """
     if recipe.source == PYTHON:
         return _ingest_stdlib(recipe, out, progress)
-    raise SourceError("not yet")
+    return _ingest_files(recipe, out, progress)
+
+
+@dataclass(slots=True)
+class _Reading:
+    """One pass over the files of a source: counts, and the broken rows with their place."""
+
+    found: Found
+    progress: Progress
+    tally: Tally = field(default_factory=Tally)
+
+    def chunks(
+        self, keep: Callable[[Broken], None], limit: int | None = None
+    ) -> Iterator[tuple[SourceFile, Chunk]]:
+        """Yield the rows of all files in order; with a limit, only so many chunks of each."""
+        done = 0
+        total = sum(file.num_bytes for file in self.found.files)
+        for file in self.found.files:
+            tally = Tally()
+            if file.num_bytes:
+                for index, chunk in enumerate(read_file(file, tally, keep)):
+                    yield file, chunk
+                    if limit is not None and index + 1 >= limit:
+                        break
+            self.tally.num_rows += tally.num_rows
+            self.tally.num_blank += tally.num_blank
+            self.tally.num_broken += tally.num_broken
+            done += file.num_bytes
+            self.progress(done, total, "bytes", {"rows": f"{self.tally.num_rows:,}"})
+
+    def schema(self, limit: int | None) -> pa.Schema:
+        """Join the columns and types of the files."""
+        schema = pa.schema([])
+        for _, chunk in self.chunks(lambda _: None, limit):
+            schema = join_schemas(schema, chunk.schema())
+        return schema
+
+
+def _ingest_files(recipe: DataRecipe, out: Path, progress: Progress) -> dict[str, Any]:
+    found = find_files(recipe.source, recipe.format)
+    with span("survey"):
+        schema = _Reading(found, silent).schema(limit=1)
+    try:
+        facts = _write_rows(recipe, found, schema, out, progress)
+    except SchemaGrewError:  # a later row does not fit the types of the first ones: look at all of them
+        for path in out.glob("rows-*.parquet"):
+            path.unlink()
+        with span("survey"):
+            schema = _Reading(found, silent).schema(limit=None)
+        facts = _write_rows(recipe, found, schema, out, progress)
+    return facts
+
+
+def _write_rows(
+    recipe: DataRecipe, found: Found, schema: pa.Schema, out: Path, progress: Progress
+) -> dict[str, Any]:
+    """Write all rows in one pass.
+
+    Raises: SchemaGrewError if one does not fit; SourceError if there is no row.
+    """
+    reading = _Reading(found, progress)
+    target, renamed = _target(schema, len(found.files))
+    paths: list[Path] = []
+    quarantine = out / QUARANTINE
+    with ExitStack() as stack:
+        broken_file = None
+        files: list[ParquetFile] = []
+
+        def keep(broken: Broken) -> None:
+            nonlocal broken_file
+            if broken_file is None:
+                broken_file = stack.enter_context(quarantine.open("w", encoding="utf-8"))
+            broken_file.write(json.dumps(asdict(broken), ensure_ascii=False) + "\n")
+
+        num_bytes = MAX_FILE_BYTES
+        for source, chunk in reading.chunks(keep):
+            with span("types"):
+                batch = _with_provenance(
+                    fit(chunk.batch, schema, is_text=chunk.is_text), target, source, chunk
+                )
+            if num_bytes >= MAX_FILE_BYTES:
+                if files:
+                    files[-1].close()
+                paths.append(out / f"rows-{len(paths):05d}.parquet")
+                files.append(stack.enter_context(ParquetFile(paths[-1], target, recipe.row_group_bytes)))
+                num_bytes = 0
+            with span("write rows"):
+                files[-1].write(batch)
+            num_bytes += batch.nbytes
+    if not paths:
+        raise SourceError(
+            f"data.source: {recipe.source} has no row: {len(found.files)} files without data",
+            hint="check how the files were written",
+        )
+    return {
+        "source": recipe.source,
+        "files": len(found.files),
+        "skipped_files": found.skipped,
+        "rows": reading.tally.num_rows,
+        "broken_rows": reading.tally.num_broken,
+        "blank_rows": reading.tally.num_blank,
+        "source_bytes": sum(file.num_bytes for file in found.files),
+        "bytes_written": sum(path.stat().st_size for path in paths),
+        "columns": {name: str(kind) for name, kind in zip(schema.names, schema.types, strict=True)},
+        "renamed_columns": renamed,
+    }
+
+
+def _target(schema: pa.Schema, num_files: int) -> tuple[pa.Schema, dict[str, str]]:
+    """Add the provenance columns; a user's column of such a name gets another one."""
+    renamed = {name: f"{name.strip('_')}_original" for name in schema.names if name in PROVENANCE}
+    fields = [field.with_name(renamed.get(field.name, field.name)) for field in schema]
+    metadata = {"marrow.source": "files", "marrow.num_files": str(num_files)}
+    return pa.schema([*fields, *_PROVENANCE_FIELDS], metadata=metadata), renamed
+
+
+def _with_provenance(
+    batch: pa.RecordBatch, target: pa.Schema, source: SourceFile, chunk: Chunk
+) -> pa.RecordBatch:
+    names = pa.repeat(pa.scalar(source.name, pa.string()), batch.num_rows)
+    return pa.RecordBatch.from_arrays([*batch.columns, names, pa.array(chunk.lines)], schema=target)
 
 
 def _ingest_stdlib(recipe: DataRecipe, out: Path, progress: Progress) -> dict[str, Any]:

@@ -122,8 +122,8 @@ def choose_heldout(units: list[Unit], share: float, seed: int) -> list[Unit]:
     if len(units) < 2 or heldout > MAX_OVERSHOOT * target or heldout == total:
         smallest = heldout / total if total else 1.0
         raise DataError(
-            f"too few rows for a held-out part: {len(units)} independent groups, the smallest choice holds out "
-            f"{smallest:.0%} of the bytes where data.split.heldout_share asks for {share:.1%}",
+            f"too few rows for a held-out part: {len(units)} independent groups, the smallest choice holds "
+            f"{smallest:.0%} of the bytes out where data.split.heldout_share asks for {share:.1%}",
             hint="give more rows, set data.group to a column with more values (or leave it empty), "
             "or raise data.split.heldout_share",
         )

@@ -13,7 +13,8 @@ module row, or its bytes would be in twice.
 import ast
 import hashlib
 import io
-import sysconfig
+import os
+import sys
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,7 +70,8 @@ class StdlibRow:
 
 def stdlib_folder() -> Path:
     """Return the folder of the running interpreter's standard library."""
-    return Path(sysconfig.get_path("stdlib"))
+    # Not from sysconfig, which imports the build's variables to know it.
+    return Path(getattr(os, "__file__", None) or sys.executable).parent
 
 
 def stdlib_files(folder: Path | None = None) -> list[Path]:
@@ -119,9 +121,7 @@ def read_stdlib(path: Path, folder: Path) -> Iterator[StdlibRow]:
     if tree is not None:
         for qualified, kind, node in _definitions(tree.body, module):
             signature, doc = _signature(node), ast.get_docstring(node)
-            yield StdlibRow(
-                module, qualified, kind, signature, doc, None, LICENSE, digest, name, node.lineno
-            )
+            yield StdlibRow(module, qualified, kind, signature, doc, None, LICENSE, digest, name, node.lineno)
 
 
 def group_of(module: str, qualified_name: str) -> str:
@@ -175,10 +175,8 @@ def _topics(tree: ast.Module, name: str, digest: str) -> Iterator[StdlibRow]:
         if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
             for key, value in zip(statement.value.keys, statement.value.values, strict=True):
                 if isinstance(key, ast.Constant) and isinstance(value, ast.Constant):
-                    text, qualified = str(value.value), f"topics.{key.value}"
+                    text, qualified = str(value.value), f"topics.{key.value!s}"
                     rows.append(
-                        StdlibRow(
-                            "", qualified, "topic", None, None, text, LICENSE, digest, name, key.lineno
-                        )
+                        StdlibRow("", qualified, "topic", None, None, text, LICENSE, digest, name, key.lineno)
                     )
     yield from sorted(rows, key=lambda row: row.qualified_name)

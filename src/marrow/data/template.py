@@ -1,4 +1,4 @@
-"""From a row to a text: `"{title}\\n\\n{body}"` over the columns of a batch.
+r"""From a row to a text: `"{title}\n\n{body}"` over the columns of a batch.
 
 A field is a column name in braces, nothing more; `{{` and `}}` are the braces themselves. A null
 becomes the empty string; a row whose fields are all null has no text. Without a template the text
@@ -105,7 +105,9 @@ def as_texts(column: pa.Array) -> list[str | None]:
         texts: list[str | None] = column.to_pylist()
         return texts
     if pa.types.is_nested(kind):
-        return [None if v is None else json.dumps(v, ensure_ascii=False, default=str) for v in column.to_pylist()]
+        return [
+            None if v is None else json.dumps(v, ensure_ascii=False, default=str) for v in column.to_pylist()
+        ]
     if pa.types.is_binary(kind):
         return [_decoded(v) for v in column.to_pylist()]
     return [None if v is None else str(v) for v in column.to_pylist()]

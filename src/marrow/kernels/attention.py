@@ -9,6 +9,7 @@ row holds two documents, plain causal attention is exact and no mask is made.
 Axes: N = B T tokens, B rows, T tokens a row, H query heads, K kv heads, D head size, S keys.
 """
 
+# ruff: noqa: N815 (tensor names carry their axes)
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,31 +22,30 @@ from marrow.kernels import dispatch
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Which tokens of a batch may see each other.
+    """Which tokens of a batch may see each other, causality apart.
 
-    document_BT: a number per (row, document). has_mask: some row holds more than one.
+    document_BT: a number per (row, document). mask_B1TS: what to add to the scores, 0 within a
+    document and -inf across; None where no row holds two documents.
     """
 
     document_BT: Tensor
-    has_mask: bool
-
-    def mask_B1TS(self, dtype: torch.dtype) -> Tensor | None:
-        """Return what to add to the scores: 0 within a document, -inf across; causality apart."""
-        if not self.has_mask:
-            return None
-        same_B1TS = self.document_BT[:, None, :, None] == self.document_BT[:, None, None, :]
-        return torch.zeros((), dtype=dtype, device=same_B1TS.device).where(same_B1TS, float("-inf"))
+    mask_B1TS: Tensor | None
 
 
-def pack(document_N: Tensor, row_tokens: int) -> Packing:
-    """Describe a batch.
+def pack(document_N: Tensor, row_tokens: int, dtype: torch.dtype = torch.float32) -> Packing:
+    """Describe a batch, once for all layers.
 
     Args: document_N: integers [B T]; equal numbers in a row are one document. Padding may have
         any number, such as its predecessor's: causality keeps it from being seen.
-        row_tokens: T, divides B T.
+        row_tokens: T, divides B T. dtype: of the queries that will come.
+    Cost: B T T elements of `dtype` where a mask is needed.
     """
     document_BT = document_N.view(-1, row_tokens)
-    return Packing(document_BT, bool((document_BT != document_BT[:, :1]).any()))
+    if not (document_BT != document_BT[:, :1]).any():
+        return Packing(document_BT, None)
+    other_B1TS = document_BT[:, None, :, None] != document_BT[:, None, None, :]
+    mask_B1TS = torch.zeros(other_B1TS.shape, dtype=dtype, device=document_N.device)
+    return Packing(document_BT, mask_B1TS.masked_fill_(other_B1TS, float("-inf")))
 
 
 def attention(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, packing: Packing) -> Tensor:
@@ -78,10 +78,10 @@ def attention_torch(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, packing: Packin
     """Compute `attention` with torch's fused kernels."""
     rows, row_tokens = packing.document_BT.shape
     q_BHTD, k_BKSD, v_BKSD = _rows(q_NHD, rows), _rows(k_NKD, rows), _rows(v_NKD, rows)
-    if not packing.has_mask:
+    if packing.mask_B1TS is None:
         o_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, is_causal=True, enable_gqa=True)
         return _tokens(o_BHTD)
-    mask_B1TS = packing.mask_B1TS(q_NHD.dtype)
+    mask_B1TS = packing.mask_B1TS.to(q_NHD.dtype)
     if q_NHD.device.type == "cpu":
         # PERF: the public function refuses a mask together with is_causal; its CPU kernel takes
         # both and then skips the blocks above the diagonal.

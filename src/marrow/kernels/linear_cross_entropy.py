@@ -41,7 +41,7 @@ def linear_cross_entropy_reference(hidden_NC: Tensor, weight_VC: Tensor, targets
 
 def linear_cross_entropy_torch(hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
     """Compute the loss of `linear_cross_entropy` in chunks."""
-    loss: Tensor = ChunkedLoss.apply(hidden_NC, weight_VC, targets_N)
+    loss: Tensor = ChunkedLoss.apply(hidden_NC, weight_VC, targets_N)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -60,7 +60,9 @@ class ChunkedLoss(torch.autograd.Function):
         weight_grad_VC = (
             torch.zeros(weight_VC.shape, dtype=wide, device=weight_VC.device) if need_weight else None
         )
-        for hidden_MC, targets_M in zip(hidden_NC.split(rows), targets_N.split(rows), strict=True):
+        for hidden_MC, targets_M in zip(
+            torch.split(hidden_NC, rows), torch.split(targets_N, rows), strict=True
+        ):
             logits_MV = F.linear(hidden_MC, weight_VC).to(wide)
             log_total_M = logits_MV.logsumexp(-1)
             valid_M = targets_M != IGNORE

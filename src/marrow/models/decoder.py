@@ -1,7 +1,7 @@
 """The one decoder: Llama, Mistral, Qwen2 and Qwen3 differ only in flags of `ModelConfig`.
 
-    tokens_N -> embedding -> [ norm -> qkv -> RoPE -> attend -> out -> + -> norm -> SwiGLU -> + ] x layers -> norm
-                                                        ^ injected
+    embedding -> [ norm -> qkv -> RoPE -> attend -> out -> + -> norm -> SwiGLU -> + ] x layers -> norm
+                                          ^ injected
 
 Tokens are flat: no batch axis. Which tokens see which is not known here: `attend(layer, q, k, v)`
 is injected, a document mask in training, a paged cache in serving. The head is a method of its
@@ -56,7 +56,7 @@ class Decoder(nn.Module):
             self.reset(seed)
 
     @property
-    def output_VC(self) -> Tensor:
+    def output_weight(self) -> Tensor:
         """The head's weight: the embedding itself where they are tied."""
         return self.embedding_VC if self.config.tie_embeddings else self.head_VC
 
@@ -76,7 +76,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_NC: Tensor) -> Tensor:
         """Score the vocabulary for some rows: hidden_NC -> logits_NV, of the weights' dtype."""
-        return F.linear(hidden_NC, self.output_VC)
+        return F.linear(hidden_NC, self.output_weight)
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:
@@ -132,8 +132,8 @@ class Layer(nn.Module):
         normed_NC = rms_norm(hidden_NC, self.attention_norm_C, config.norm_eps)
         qkv_NY = F.linear(normed_NC, self.qkv_YC, self.qkv_bias_Y)
         heads_NLD = qkv_NY.view(-1, config.num_heads + 2 * config.num_kv_heads, config.head_size)
-        q_NHD, k_NKD, v_NKD = heads_NLD.split(
-            (config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1
+        q_NHD, k_NKD, v_NKD = torch.split(
+            heads_NLD, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1
         )
         if config.qk_norm:
             q_NHD = rms_norm(q_NHD, self.q_norm_D, config.norm_eps)

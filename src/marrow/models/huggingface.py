@@ -208,7 +208,7 @@ def _parts(ours: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str
     queries, keys = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
     sizes = {3: [queries, keys, keys], 2: [config.intermediate_size] * 2, 1: [tensor.shape[0]]}
     names = _LAYER[name]
-    for part, piece in zip(names, tensor.split(sizes[len(names)]), strict=True):
+    for part, piece in zip(names, torch.split(tensor, sizes[len(names)]), strict=True):
         yield f"model.layers.{index}.{part}", piece
 
 

@@ -46,7 +46,7 @@ class SamplingFields(BaseModel):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
 
-    def sampling(self, max_tokens: int) -> Sampling:
+    def sampling(self, max_tokens: int, seed: int) -> Sampling:
         """Return how to draw; OpenAI's defaults where a field is missing."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         return Sampling(
@@ -54,7 +54,7 @@ class SamplingFields(BaseModel):
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=self.top_k or 0,
             top_p=1.0 if self.top_p is None else self.top_p,
-            seed=self.seed,
+            seed=seed,
             stop=tuple(stop or ()),
             ignore_eos=bool(self.ignore_eos),
         )
@@ -161,7 +161,9 @@ def _refuse_constant(name: str) -> None:
 
 def _explain(error: ValidationError, kind: type[BaseModel]) -> RequestError:
     """Say which field is wrong; of a union's complaints the deepest is nearest to the cause."""
-    problem = max(error.errors(include_url=False), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
+    problem = max(
+        error.errors(include_url=False), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"]))
+    )
     place = [part for part in problem["loc"] if isinstance(part, int) or not _is_branch(part)]
     name = ".".join(map(str, place)) or "body"
     if problem["type"] == "extra_forbidden":

@@ -10,6 +10,7 @@ fails, each sequence is tried alone, and only those that fail again end.
 """
 
 import asyncio
+import contextlib
 import itertools
 import json
 import secrets
@@ -38,7 +39,7 @@ from marrow.serve.metrics import Metrics
 from marrow.serve.runner import Runner
 from marrow.serve.sampling import Draw, draw, logprobs
 from marrow.serve.scheduler import Chunk, Scheduler
-from marrow.serve.sequence import Request, Sequence
+from marrow.serve.sequence import Request, Sequence, TokenLogprobs
 from marrow.serve.stream import Delta, Stream, TextStream
 from marrow.text.tokenizer import Detokenizer, Tokenizer
 
@@ -98,6 +99,7 @@ class Engine:
         self._live = 0  # requests accepted and not ended; guarded by the condition
         self._accepting = True
         self._stopping = False
+        self._closed = False  # nobody takes commands any more
         self._dead: BaseException | None = None
         self._ledger = Ledger("engine")
         self._thread = threading.Thread(target=self._run, name=f"engine-{name}", daemon=True)
@@ -121,10 +123,14 @@ class Engine:
     @property
     def is_ready(self) -> bool:
         """Whether requests are accepted now."""
-        return self._accepting and self._dead is None and self._thread.is_alive()
+        return self._accepting and self._dead is None
 
     def submit(
-        self, request: Request, *, loop: asyncio.AbstractEventLoop | None = None, deadline_s: float | None = None
+        self,
+        request: Request,
+        *,
+        loop: asyncio.AbstractEventLoop | None = None,
+        deadline_s: float | None = None,
     ) -> Stream:
         """Queue one request; see `submit_all`."""
         return self.submit_all([request], loop=loop, deadline_s=deadline_s)[0]
@@ -177,6 +183,11 @@ class Engine:
             window.append(self.submit(request))
         return done + [stream.result() for stream in window]
 
+    def max_tokens(self, num_prompt: int) -> int:
+        """Return how many tokens can follow a prompt: bounded by the model and by the cache."""
+        cache = self.metrics.blocks * self.recipe.block_size + 1
+        return min(self.config.max_positions, cache) - num_prompt
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a prompt, bos first."""
         return self.tokenizer.encode(text, bos=True)
@@ -217,7 +228,8 @@ class Engine:
             self._accepting = False
             ended = self._condition.wait_for(lambda: self._live == 0 or self._dead is not None, timeout_s)
         if not ended:
-            self._call(self._abort_all).result()
+            with contextlib.suppress(ServeError):  # closed meanwhile: aborted already
+                self._call(self._abort_all).result()
         return ended
 
     def close(self) -> None:
@@ -306,7 +318,7 @@ class Engine:
                 future.set_exception(error)
 
         with self._condition:
-            if self._dead is not None or not self._thread.is_alive():
+            if self._closed:
                 raise ServeError("the engine is closed")
             self._commands.append(command)
             self._condition.notify()
@@ -464,7 +476,8 @@ class Engine:
         else:
             self.metrics.itl_s.observe(now - reader.last_token_s)
         reader.last_token_s = now
-        text, reason = "", None
+        text = ""
+        reason: FinishReason | None = None
         if token_id in self._stop_ids and not sampling.ignore_eos:
             reason = "stop"
         else:
@@ -534,15 +547,15 @@ class Engine:
     def _close_books(self) -> None:
         """Leave nobody waiting: end every request, answer every command and probe."""
         with self._condition:
-            self._accepting = False
-            self._stopping = True
+            self._accepting, self._closed = False, True
             commands, self._commands = self._commands, deque()
         for command in commands:
             command()
         died = self._dead
         self._abort_all(None if died is None else ServeError(f"the engine died: {died!r}"))
         for probe in self._probes:
-            probe.cancel()
+            if probe.set_running_or_notify_cancel():
+                probe.set_exception(ServeError("the engine is closed"))
         with self._condition:
             self._condition.notify_all()
 

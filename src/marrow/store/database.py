@@ -8,6 +8,7 @@ registry writes take one advisory lock, which gives the same order.
 The database's own errors leave this file as errors of `core/errors.py`.
 """
 
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -188,9 +189,10 @@ _POSTGRES_ERRORS: dict[str, tuple[type[MarrowError], str, str]] = {
 
 def _explain(error: DBAPIError, url: URL) -> MarrowError:
     original = error.orig
-    code = getattr(original, "sqlite_errorcode", None)
-    found = None if code is None else _SQLITE_ERRORS.get(code & 0xFF)
-    found = found or _POSTGRES_ERRORS.get(getattr(original, "sqlstate", None) or "")
+    code = getattr(original, "sqlite_errorcode", 0) & 0xFF  # the upper bits only say where
+    if code == sqlite3.SQLITE_IOERR and _is_full(url):
+        code = sqlite3.SQLITE_FULL
+    found = _SQLITE_ERRORS.get(code) or _POSTGRES_ERRORS.get(getattr(original, "sqlstate", None) or "")
     reason = str(original).strip()
     if found is not None:
         kind, what, hint = found
@@ -199,3 +201,9 @@ def _explain(error: DBAPIError, url: URL) -> MarrowError:
         hint = "is the database server running? unset MARROW_CATALOG to use SQLite in the store"
         return StoreError(f"the catalog at {url} failed: {reason}", hint=hint)
     return StoreError(f"the catalog at {url} failed: {reason}")
+
+
+def _is_full(url: URL) -> bool:
+    """Tell whether a disk error is for lack of space: SQLite cannot grow its shared memory then."""
+    folder = Path(url.database or ".").parent
+    return folder.is_dir() and shutil.disk_usage(folder).free < 1 << 16

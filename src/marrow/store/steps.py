@@ -116,13 +116,14 @@ def run_step(store: Store, step: Step, *, say: Say = lambda _: None, recipe_hash
     key = step.key()
     artifact = store.find_key(key)
     if artifact is not None and not store.verify(artifact):
+        store.discard_finished_work(key)
         return _result(artifact, "cached", started_s)
-    with store.lock(f"step-{key}", doing=f"building {step.title}", say=say):
+    with store.step_lock(key, doing=f"building {step.title}", say=say):
         artifact = store.find_key(key)
         damaged = () if artifact is None else store.verify(artifact)
         if artifact is not None and not damaged:
             return _result(artifact, "cached", started_s)
-        for file in damaged:
+        for file in {file.sha256: file for file in damaged}.values():
             what = "damaged" if store.blobs.quarantine(file.sha256) else "missing"
             say(f"blob {file.sha256[:12]} ({file.name}) of {step.title} is {what}: rebuilding")
         built = _build(store, step, key, recipe_hash)
@@ -139,7 +140,7 @@ def _build(store: Store, step: Step, key: str, recipe_hash: str) -> Artifact:
         out.mkdir()
     workspace = Workspace(out, store.work_folder(key), inputs)
     try:
-        with _Meter(step.title) as meter:
+        with explain_os_errors(f"build {step.title}", out), _Meter(step.title) as meter:
             facts = dict(step.build(workspace))
         assert COST not in facts, f"{COST!r} is the store's own key"
         facts[COST] = meter.cost()

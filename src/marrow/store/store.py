@@ -63,6 +63,8 @@ class Store:
                     raise StoreError(
                         f"there is no store at {home}", hint="run a recipe first, or set MARROW_HOME"
                     )
+                if os.path.lexists(home):
+                    raise StoreError(f"{home} is not a folder", hint="set MARROW_HOME to another path")
                 home.mkdir(parents=True, exist_ok=True)
             if create and not (home / ".gitignore").exists():
                 (home / ".gitignore").write_text("*\n", encoding="utf-8")
@@ -173,9 +175,9 @@ class Store:
                 shutil.copyfile(self.blobs.path(file.sha256), target)
         return folder
 
-    def lock(self, name: str, *, doing: str = "", say: Say | None = None) -> FileLock:
-        """Return the lock of that name among all processes of this store."""
-        return FileLock(self._locks / f"{name}.lock", doing=doing, say=say)
+    def step_lock(self, key: str, *, doing: str = "", say: Say | None = None) -> FileLock:
+        """Return the lock that whoever builds a step of that key holds, its work folder with it."""
+        return FileLock(self._locks / f"step-{key}.lock", doing=doing, say=say)
 
     def work_folder(self, key: str) -> Path:
         """Return the folder that an unfinished step keeps between attempts; made if absent."""
@@ -185,18 +187,28 @@ class Store:
         return folder
 
     def discard_work(self, key: str) -> None:
-        """Remove a step's work folder."""
+        """Remove a step's work folder. The caller holds the step's lock."""
         shutil.rmtree(self.home / "work" / key, ignore_errors=True)
 
+    def discard_finished_work(self, key: str) -> None:
+        """Remove what a process left that was killed after it published; not if the step is locked."""
+        lock = self.step_lock(key)
+        if (self.home / "work" / key).exists() and lock.try_acquire():
+            self.discard_work(key)
+            lock.release()
+
     def collect(self, *, work_kept_s: float = WORK_KEPT_S) -> Freed:
-        """Remove blobs that no artifact refers to, and work folders untouched for that long."""
+        """Remove blobs that no artifact refers to; after that long also work folders and damaged blobs."""
         with FileLock(self._locks / "collect.lock", doing="collecting garbage"):
             freed = self.blobs.collect(self.catalog.blobs())
         for folder in sorted((self.home / "work").glob("*")):
-            lock = self.lock(folder.name)
+            lock = self.step_lock(folder.name)
             if time.time() - _last_change(folder) > work_kept_s and lock.try_acquire():
                 shutil.rmtree(folder, ignore_errors=True)
                 lock.release()
+        for path in sorted((self.home / "damaged").glob("*")):
+            if time.time() - path.stat().st_ctime > work_kept_s:
+                path.unlink(missing_ok=True)
         return freed
 
     def _no_collection(self) -> FileLock:
@@ -227,7 +239,8 @@ class Store:
 
     def _is_view(self, folder: Path, artifact: Artifact) -> bool:
         try:
-            return all(os.readlink(folder / name) == target for name, target in self._links(artifact).items())
+            links = self._links(artifact).items()
+            return folder.is_dir() and all(os.readlink(folder / name) == target for name, target in links)
         except OSError:
             return False
 
@@ -240,8 +253,8 @@ class Store:
             link.symlink_to(target)
         folder.parent.mkdir(exist_ok=True)
         # One at a time: a rename onto a folder that another process just made would fail.
-        with self.lock(f"view-{artifact.id}", doing="making a view"):
-            if self._is_view(folder, artifact) and folder.is_dir():
+        with FileLock(self._locks / f"view-{artifact.id}.lock", doing="making a view"):
+            if self._is_view(folder, artifact):
                 shutil.rmtree(temporary)
                 return
             if folder.exists():

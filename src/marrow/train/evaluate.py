@@ -26,6 +26,7 @@ from marrow.core.files import atomic_file
 from marrow.core.progress import Progress, silent
 from marrow.core.span import span
 from marrow.kernels.attention import attention, pack
+from marrow.kernels.device import choose_dtype
 from marrow.models import huggingface
 from marrow.models.decoder import Decoder
 from marrow.text.tokenizer import Tokenizer
@@ -35,6 +36,7 @@ from marrow.train.heldout import HELDOUT, TRAIN, HeldOut, Texts, tokens_of
 from marrow.train.ngram import NgramModel
 from marrow.train.windows import Batch, batch_of, rows_of, windows_of
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHUNK_LOGITS = 1 << 22  # logits in memory at once: 16 MiB of fp32
 SHOWN_GROUPS = 3
 SMALL_GROUP_BYTES = 1024  # smaller groups say little; they are in the file, not among worst and best
@@ -60,7 +62,7 @@ def evaluate(
         tokenizer or gives no finite number.
     """
     tokenizer = Tokenizer.load(tokenizer_folder)
-    decoder = model if isinstance(model, Decoder) else huggingface.load(model)
+    decoder = model if isinstance(model, Decoder) else huggingface.load(model, _dtype(recipe))
     texts = Texts.open(split_folder / HELDOUT, recipe.heldout_bytes)
     known = Texts.open(split_folder / TRAIN, recipe.baseline_bytes)
     with span("tokenise"):
@@ -88,20 +90,22 @@ def evaluate(
         "baseline_bytes": known.num_bytes,
         "context": context,
         "stride": stride,
+        "dtype": str(decoder.embedding_VC.dtype).removeprefix("torch."),
     }
     if isinstance(model, Path) and recipe.snapshot_bytes:
         with span("snapshots"):
-            facts["snapshots"] = evaluate_snapshots(recipe, model, tokenizer, split_folder)
+            facts["snapshots"] = evaluate_snapshots(recipe, decoder, model, tokenizer, split_folder)
     with atomic_file(out / "evaluation.json", "w") as file:
         json.dump(facts | {"groups": groups}, file, indent=2)
     return facts
 
 
 def evaluate_snapshots(
-    recipe: EvaluateRecipe, model_folder: Path, tokenizer: Tokenizer, split_folder: Path
+    recipe: EvaluateRecipe, decoder: Decoder, model_folder: Path, tokenizer: Tokenizer, split_folder: Path
 ) -> list[dict[str, Any]]:
     """Measure each of model_folder/snapshots/*.safetensors and the final weights on a part of the text.
 
+    Args: decoder: made from the same folder; its weights are replaced, by the final ones at last.
     Returns: {"name", "bits_per_byte"} of each, by name, the final weights ("final") last; all on
         the same `recipe.snapshot_bytes` of text. Empty if the folder has no snapshots.
     """
@@ -110,7 +114,6 @@ def evaluate_snapshots(
         return []
     texts = Texts.open(split_folder / HELDOUT, min(recipe.snapshot_bytes, recipe.heldout_bytes))
     heldout = HeldOut.read(texts, tokenizer)
-    decoder = huggingface.load(model_folder)
     found = []
     for path in [*paths, model_folder / huggingface.WEIGHTS]:
         huggingface.load_weights(decoder, path)
@@ -224,6 +227,10 @@ def _baselines(
 
 def _ngram(tokens_N: npt.NDArray[np.integer], order: int, tokenizer: Tokenizer) -> NgramModel:
     return NgramModel.train(tokens_N, order=order, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id)
+
+
+def _dtype(recipe: EvaluateRecipe) -> torch.dtype:
+    return choose_dtype().dtype if recipe.dtype == "auto" else DTYPES[recipe.dtype]
 
 
 def _context(recipe: EvaluateRecipe, decoder: Decoder) -> tuple[int, int]:

@@ -1,8 +1,8 @@
-"""The learning rate over the steps: a pure factor in 0..1 of (recipe, step).
+r"""The learning rate over the steps: a pure factor in 0..1 of (recipe, step).
 
-    1 |  /-----------\\            wsd: warmup, stable, decay
-      | /             \\
-    0 |/_______________\\__ step
+1 |  /-----------\            wsd: warmup, stable, decay
+| /             \
+    0 |/_______________\__ step
 """
 
 import math

@@ -1,0 +1,57 @@
+"""`marrow run`: a recipe from raw rows to a served, measured model."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from marrow.cli import console
+from marrow.cli.pipeline import REPORT, Pipeline
+from marrow.cli.recipe import read_recipe
+from marrow.cli.story import read_findings, tell
+from marrow.cli.tables import run_table
+from marrow.core.errors import Interrupted, explain_os_errors
+from marrow.core.files import atomic_file
+from marrow.store.runs import RunStatus
+from marrow.store.steps import StepResult
+from marrow.store.store import Store
+
+
+@click.command("run")
+@click.argument("path", metavar="RECIPE", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value.")
+@click.option("--json", "as_json", is_flag=True, help="Print all results as JSON on stdout.")
+def command(path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Run RECIPE: every step, or only those whose inputs changed since the last run."""
+    recipe = read_recipe(path, overrides)
+    with Store.open() as store:
+        run_id = store.runs.start(recipe.name, recipe.hash)
+        status: RunStatus = "failed"
+        try:
+            with store.runs.log(run_id) as log:
+                results = Pipeline(recipe, store, run_id, log, finished).run()
+            status = "done"
+        except (KeyboardInterrupt, Interrupted):
+            status = "interrupted"
+            raise
+        finally:
+            store.runs.finish(run_id, status)
+        report = store.view(results["report"].artifact)
+        story = tell(recipe, store, results, read_findings(report))
+        page = store.home / f"{recipe.name}.html"
+        with explain_os_errors("write the report", page), atomic_file(page) as file:
+            file.write((report / REPORT).read_bytes())
+    if as_json:
+        click.echo(json.dumps(asdict(story), indent=2))
+        return
+    click.echo(run_table(story), nl=False)
+    console.say(f"\nreport: {page}")
+    console.say(f"next:   marrow serve {recipe.name}   |   marrow complete {recipe.name} 'def read(self'")
+    console.say(f"        marrow lineage {recipe.name} |   marrow why {recipe.name}")
+
+
+def finished(kind: str, result: StepResult) -> None:
+    """Say that a step is done."""
+    what = {"built": "done in", "cached": "cached, verified in", "rebuilt": "rebuilt in"}[result.status]
+    console.say(f"{kind:<11} {what} {console.duration(result.wall_s)}")

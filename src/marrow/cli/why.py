@@ -1,0 +1,67 @@
+"""`marrow why`: where the time of a run went, step by step, and what limits it."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from marrow.cli.tables import bottleneck, ledger_table
+from marrow.core.records import Artifact
+from marrow.store import lineage
+from marrow.store.steps import COST
+from marrow.store.store import Store
+
+SMALL_SHARE = 0.03  # a step with less of the time is named in the overview only
+
+
+@click.command("why")
+@click.argument("target")
+@click.option("--all", "show_all", is_flag=True, help="Show the ledger of every step, however small.")
+@click.option("--json", "as_json", is_flag=True, help="Print the ledgers as JSON.")
+def command(target: str, show_all: bool, as_json: bool) -> None:
+    """Show where the time went in TARGET: the last run of a recipe, or what made an artifact."""
+    with Store.open() as store:
+        artifacts = artifacts_of(store, target)
+    ledgers = [artifact.facts[COST]["ledger"] | {"cpu_s": artifact.facts[COST]["cpu_s"]} for artifact in artifacts]
+    whole = overview(target, ledgers)
+    if as_json:
+        found = [{"ledger": ledger, "bottleneck": named(ledger)} for ledger in [whole, *ledgers]]
+        click.echo(json.dumps(found, indent=2))
+        return
+    click.echo(ledger_table(whole), nl=False)
+    for ledger in ledgers:
+        if show_all or ledger["wall_s"] >= SMALL_SHARE * whole["wall_s"]:
+            click.echo()
+            click.echo(ledger_table(ledger), nl=False)
+
+
+def artifacts_of(store: Store, target: str) -> list[Artifact]:
+    """Return the artifacts of a recipe's last finished run, or those that made an artifact.
+
+    Raises: ArtifactNotFound.
+    """
+    for run in store.runs.latest(recipe=target, limit=20):
+        ids = [step.artifact_id for step in run.steps if step.artifact_id]
+        if run.status == "done" and ids:
+            found = store.catalog.get_many(ids)
+            return [found[artifact_id] for artifact_id in ids]
+    graph = lineage.trace(store.catalog, store.resolve(target))
+    return [artifact for artifact in reversed(graph.artifacts.values()) if COST in artifact.facts]
+
+
+def overview(name: str, ledgers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Add ledgers up to one whose parts are the steps."""
+    return {
+        "name": name,
+        "wall_s": sum(ledger["wall_s"] for ledger in ledgers),
+        "cpu_s": sum(ledger["cpu_s"] for ledger in ledgers),
+        "parts": {ledger["name"]: {"seconds": ledger["wall_s"], "count": 1} for ledger in ledgers},
+        "overlapped": {},
+    }
+
+
+def named(ledger: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the bottleneck as plain data."""
+    found = bottleneck(ledger)
+    return None if found is None else {"part": found.part, "share": found.share, "advice": found.advice}

@@ -1,0 +1,168 @@
+"""Types of columns: read off the values, joined over files, and fitted to.
+
+Text of a CSV takes the narrowest type that all its values have: whole number < number, date < time,
+true/false, else text. A whole number must be written as one would write it (no leading zero or plus),
+or the column stays text: 007 is a name. An empty value, NA, null and the like are null in a column
+that is not text; in a text column they stay what they are.
+
+Other formats bring their types. Where files disagree, the joined type is the narrowest that holds
+both; where there is none, it is text, and values that are no text are written as JSON.
+"""
+
+import json
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from marrow.data.tables import plain_type
+
+NULLS = pa.array(["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "#N/A"])
+_LADDERS = (
+    (pa.int64(), pa.float64()),
+    (pa.date32(), pa.timestamp("us")),
+    (pa.bool_(),),
+)
+_BOOLS = pa.array(["true", "True", "TRUE", "false", "False", "FALSE"])
+_LONG_INTEGER = r"^-?\d{16,}$"
+_ODD_INTEGER = r"^(?:-?0\d|\+|\s|-0$)|\s$"
+
+
+class SchemaGrewError(Exception):
+    """A value does not fit the type that the column was taken to have."""
+
+
+def infer_text(column: pa.Array) -> pa.DataType:
+    """Return the narrowest type of a column of text; null if it has no value."""
+    values = _filled(column)
+    if not len(values):
+        return pa.null()
+    for ladder in _LADDERS:
+        for kind in ladder:
+            if _parses(values, kind):
+                return kind
+    return pa.string()
+
+
+def join_types(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    """Return the narrowest type that holds both, text if there is none."""
+    if one == other or pa.types.is_null(other):
+        return one
+    if pa.types.is_null(one):
+        return other
+    if pa.types.is_boolean(one) or pa.types.is_boolean(other):
+        return pa.string()
+    try:
+        joined = pa.unify_schemas(
+            [pa.schema([("c", one)]), pa.schema([("c", other)])], promote_options="permissive"
+        )
+    except pa.ArrowException:
+        return pa.string()
+    return plain_type(joined.field(0).type)
+
+
+def join_schemas(one: pa.Schema, other: pa.Schema) -> pa.Schema:
+    """Return a schema with the columns of both, in the order in which they first came."""
+    types = {field.name: field.type for field in one}
+    for field in other:
+        types[field.name] = join_types(types.get(field.name, pa.null()), field.type)
+    return pa.schema(list(types.items()))
+
+
+def fit(batch: pa.RecordBatch, schema: pa.Schema, *, is_text: bool) -> pa.RecordBatch:
+    """Give a batch the columns and types of a schema; missing columns are null.
+
+    Args: is_text: the batch's columns are text still to be parsed (CSV).
+    Raises: SchemaGrewError if a column or value has no place in it.
+    """
+    if set(batch.schema.names) - set(schema.names):
+        raise SchemaGrewError
+    columns = []
+    for field in schema:
+        if field.name not in batch.schema.names:
+            columns.append(pa.nulls(batch.num_rows, field.type))
+        elif is_text:
+            columns.append(_parse(batch.column(field.name), field.type))
+        else:
+            columns.append(_convert(batch.column(field.name), field.type))
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def column_of(values: list[Any]) -> pa.Array:
+    """Make a column of Python values; of mixed kinds or without a form in Parquet, one of text."""
+    try:
+        column = pa.array(values)
+        if not _has_empty_struct(column.type):
+            return column
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
+        pass  # of mixed kinds
+    return pa.array([_to_text(value) for value in values], pa.string())
+
+
+def _has_empty_struct(kind: pa.DataType) -> bool:
+    """Tell whether a type has a struct without fields, for which Parquet has no form."""
+    if pa.types.is_struct(kind) and not kind.num_fields:
+        return True
+    return any(_has_empty_struct(kind.field(i).type) for i in range(kind.num_fields))
+
+
+def _filled(column: pa.Array) -> pa.Array:
+    return column.filter(pc.invert(pc.is_in(column, NULLS)))
+
+
+def _parses(values: pa.Array, kind: pa.DataType) -> bool:
+    if pa.types.is_boolean(kind):
+        return bool(pc.all(pc.is_in(values, _BOOLS), min_count=0).as_py())
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        odd = values.filter(pc.match_substring_regex(values, _ODD_INTEGER))
+        if not pc.all(pc.match_substring_regex(odd, r"[.eE]"), min_count=0).as_py():
+            return False  # of neither kind of number; decimals such as 00.5 lose nothing that counts
+        if pa.types.is_floating(kind) and pc.any(pc.match_substring_regex(values, _LONG_INTEGER)).as_py():
+            return False  # a key of 20 digits would lose its last ones
+    try:
+        values.cast(kind)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def _parse(column: pa.Array, kind: pa.DataType) -> pa.Array:
+    if pa.types.is_string(kind):
+        return column
+    is_null = pc.is_in(column, NULLS)
+    if pa.types.is_null(kind):
+        if not pc.all(is_null, min_count=0).as_py():
+            raise SchemaGrewError
+        return pa.nulls(len(column))
+    values = pc.if_else(is_null, pa.scalar(None, pa.string()), column)
+    if not _parses(values.drop_null(), kind):
+        raise SchemaGrewError
+    return values.cast(kind)
+
+
+def _convert(column: pa.Array, kind: pa.DataType) -> pa.Array:
+    if column.type == kind:
+        return column
+    if join_types(plain_type(column.type), kind) != kind:
+        raise SchemaGrewError
+    try:
+        return column.cast(kind) if not _loses(column.type, kind) else _texts(column)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        if pa.types.is_string(kind):
+            return _texts(column)
+        raise SchemaGrewError from error
+
+
+def _loses(kind: pa.DataType, target: pa.DataType) -> bool:
+    """Tell whether a cast to text would not give the value as JSON writes it."""
+    return bool(pa.types.is_string(target) and (pa.types.is_nested(kind) or pa.types.is_floating(kind)))
+
+
+def _texts(column: pa.Array) -> pa.Array:
+    return pa.array([_to_text(value) for value in column.to_pylist()], pa.string())
+
+
+def _to_text(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,90 @@
+"""How a CSV is written: delimiter, escape and column names, found from its first 64 KiB.
+
+The delimiter is the one of `, ; tab |` that splits the most records into as many fields as the header,
+wider tables first; quotes are `"`, doubled inside quotes or, if the file does so, escaped by a
+backslash. The first record that is not blank is the header.
+"""
+
+import csv
+import io
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO
+
+from marrow.core.errors import SourceError
+from marrow.data.sources import SourceFile
+
+DELIMITERS = ",;\t|"
+_SNIFF_BYTES = 1 << 16
+_SNIFF_RECORDS = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How a file is written. `escape` is None where quotes are doubled."""
+
+    delimiter: str
+    escape: str | None
+    names: tuple[str, ...] = ()
+
+    def records(self, text: str, *, strict: bool = False) -> Iterator[list[str]]:
+        """Parse text with the standard library; strict refuses a quote that is not closed."""
+        return csv.reader(
+            io.StringIO(text, newline=""),
+            delimiter=self.delimiter,
+            escapechar=self.escape,
+            doublequote=self.escape is None,
+            strict=strict,
+        )
+
+
+def sniff(file: SourceFile, stream: IO[bytes]) -> Dialect:
+    """Find delimiter, escape and column names from the beginning of a file.
+
+    Raises: SourceError if there is no header.
+    """
+    head = stream.read(_SNIFF_BYTES).decode("utf-8", "replace")
+    if not head.strip():
+        raise SourceError(f"{file.path} has no rows", hint="a CSV begins with a line of column names")
+    escape = "\\" if '\\"' in head and head.count('\\"') > head.count('""') else None
+    by_name = "\t" if ".tsv" in file.path.suffixes else ""
+    candidates = by_name or DELIMITERS
+    delimiter = max(candidates, key=lambda d: (_consistency(head, Dialect(d, escape)), -candidates.index(d)))
+    records = _readable(Dialect(delimiter, escape).records(head))
+    names = next((record for record in records if any(record)), [])
+    if not names:
+        raise SourceError(f"{file.path} has no header", hint="a CSV begins with a line of column names")
+    return Dialect(delimiter, escape, tuple(unique_names(names)))
+
+
+def unique_names(names: list[str]) -> list[str]:
+    """Give empty and repeated column names a name of their own."""
+    taken: set[str] = set()
+    result = []
+    for index, name in enumerate(names, 1):
+        stem = candidate = name.strip() or f"column_{index}"
+        number = 2
+        while candidate in taken:
+            candidate = f"{stem}_{number}"
+            number += 1
+        taken.add(candidate)
+        result.append(candidate)
+    return result
+
+
+def _consistency(head: str, dialect: Dialect) -> float:
+    """Score a dialect: the share of records as wide as the header; of equals, the wider."""
+    records = itertools.islice(_readable(dialect.records(head)), _SNIFF_RECORDS)
+    widths = [len(record) for record in records if any(record)]
+    if not widths or widths[0] < 2:
+        return 0.0
+    return sum(width == widths[0] for width in widths) / len(widths) * (1 + min(widths[0], 100) / 1000)
+
+
+def _readable(records: Iterator[list[str]]) -> Iterator[list[str]]:
+    """Yield records up to the first that `csv` refuses: the head may end inside of one."""
+    try:
+        yield from records
+    except csv.Error:
+        return

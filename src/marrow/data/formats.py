@@ -1,0 +1,190 @@
+"""Readers of the formats: a file becomes batches of columns and the line or row of each.
+
+csv      data/delimited.py; columns of text, typed later
+jsonl    an object per line; a line that is none is broken
+parquet  as it is, batch by batch
+arrow    IPC file or stream, as it is
+text     a column `text`; a file is cut at blank lines into rows of about 64 KiB
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from marrow.core.errors import SourceError, explain_os_errors
+from marrow.data.columns import column_of, infer_text
+from marrow.data.delimited import I64, Tally, read_delimited
+from marrow.data.sources import Broken, SourceFile, lines_of, open_bytes, peek
+from marrow.data.tables import plain_type
+
+BATCH_ROWS = 4096
+BATCH_BYTES = 1 << 20
+MAX_LINE_BYTES = 64 << 20
+TEXT_ROW_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some rows of a file. lines: int64 [N], line (text formats) or row (others), from 1.
+
+    is_text: the columns are text still to be parsed.
+    """
+
+    batch: pa.RecordBatch
+    lines: I64
+    is_text: bool = False
+
+    def schema(self) -> pa.Schema:
+        """Return the columns with the types that the values of this chunk have."""
+        if not self.is_text:
+            return self.batch.schema
+        return pa.schema([(name, infer_text(self.batch.column(name))) for name in self.batch.schema.names])
+
+
+def read_file(file: SourceFile, tally: Tally, broken: Callable[[Broken], None]) -> Iterator[Chunk]:
+    """Yield the rows of a file in order; broken ones go to `broken` and the tally.
+
+    Raises: SourceError if the file is damaged, mostly broken, or not of its format; NotPermitted.
+    """
+    if file.format == "csv":
+        for batch, lines_N in read_delimited(file, tally, broken):
+            yield Chunk(batch, lines_N, is_text=True)
+        return
+    reader = {"jsonl": _read_jsonl, "parquet": _read_parquet, "arrow": _read_arrow, "text": _read_text}
+    for chunk in reader[file.format](file, tally, broken):
+        tally.num_rows += chunk.batch.num_rows
+        yield chunk
+    if tally.num_broken > tally.num_rows:
+        raise SourceError(
+            f"{file.path}: {tally.num_broken} of {tally.num_broken + tally.num_rows} rows are broken",
+            hint=f"is it really {file.format}? set data.format otherwise",
+        )
+
+
+def _read_jsonl(file: SourceFile, tally: Tally, broken: Callable[[Broken], None]) -> Iterator[Chunk]:
+    rows: list[dict[str, Any]] = []
+    lines: list[int] = []
+    size = 0
+    with open_bytes(file) as stream:
+        for number, (line, is_whole) in enumerate(lines_of(stream, MAX_LINE_BYTES), 1):
+            if line.isspace():
+                tally.num_blank += 1
+                continue
+            row, reason = _object(line) if is_whole else (None, f"line above {MAX_LINE_BYTES >> 20} MiB")
+            if row is None:
+                if number == 1 and line.lstrip().startswith(b"["):
+                    raise SourceError(
+                        f"{file.path} is one JSON array, not an object per line",
+                        hint="convert it to JSON lines, as with jq -c '.[]'",
+                    )
+                tally.num_broken += 1
+                broken(Broken(file.name, number, reason, peek(line)))
+                continue
+            if not row:
+                tally.num_blank += 1
+                continue
+            rows.append(row)
+            lines.append(number)
+            size += len(line)
+            if len(rows) == BATCH_ROWS or size >= BATCH_BYTES:
+                yield _chunk_of(rows, lines)
+                rows, lines, size = [], [], 0
+    if rows:
+        yield _chunk_of(rows, lines)
+
+
+def _object(line: bytes) -> tuple[dict[str, Any] | None, str]:
+    try:
+        value = json.loads(line)
+        str(line, "utf-8")  # json guesses other encodings, and lets surrogates pass
+        json.dumps(value, ensure_ascii=False).encode() if b"\\u" in line else None
+    except UnicodeError:
+        return None, "not UTF-8"
+    except (ValueError, RecursionError) as error:
+        return None, f"not JSON: {error}"
+    return (value, "") if isinstance(value, dict) else (None, "not a JSON object")
+
+
+def _chunk_of(rows: list[dict[str, Any]], lines: list[int]) -> Chunk:
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = [column_of([row.get(name) for row in rows]) for name in names]
+    return Chunk(pa.RecordBatch.from_arrays(columns, names=list(names)), np.array(lines, np.int64))
+
+
+def _read_parquet(file: SourceFile, _: Tally, __: Callable[[Broken], None]) -> Iterator[Chunk]:
+    with _explain_arrow(file), pq.ParquetFile(file.path) as parquet:
+        yield from _numbered(parquet.iter_batches(BATCH_ROWS))
+
+
+def _read_arrow(file: SourceFile, _: Tally, __: Callable[[Broken], None]) -> Iterator[Chunk]:
+    with _explain_arrow(file), pa.OSFile(str(file.path)) as stream:
+        try:
+            reader = pa.ipc.open_file(stream)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        except pa.ArrowInvalid:
+            stream.seek(0)
+            batches = iter(pa.ipc.open_stream(stream))
+        yield from _numbered(batches)
+
+
+def _numbered(batches: Iterator[pa.RecordBatch]) -> Iterator[Chunk]:
+    """Give plain types and row numbers to batches of another maker, cut to a bounded size."""
+    row = 1
+    for batch in batches:
+        for start in range(0, batch.num_rows, BATCH_ROWS):
+            piece = batch.slice(start, BATCH_ROWS)
+            schema = pa.schema([(field.name, plain_type(field.type)) for field in piece.schema])
+            yield Chunk(piece.cast(schema), np.arange(row, row + piece.num_rows, dtype=np.int64))
+            row += piece.num_rows
+
+
+def _read_text(file: SourceFile, tally: Tally, broken: Callable[[Broken], None]) -> Iterator[Chunk]:
+    with open_bytes(file) as stream:
+        piece: list[bytes] = []
+        size, first, number = 0, 1, 0
+        for number, (line, is_whole) in enumerate(lines_of(stream, MAX_LINE_BYTES), 1):
+            if not is_whole:
+                tally.num_broken += 1
+                broken(Broken(file.name, number, f"line above {MAX_LINE_BYTES >> 20} MiB", peek(line)))
+                continue
+            piece.append(line)
+            size += len(line)
+            # At a blank line from 64 KiB on; where there is none, at any line from twice that on.
+            if size >= TEXT_ROW_BYTES and (line.isspace() or size >= 2 * TEXT_ROW_BYTES):
+                yield from _text_chunk(file, piece, first, tally, broken)
+                piece, size, first = [], 0, number + 1
+        if piece:
+            yield from _text_chunk(file, piece, first, tally, broken)
+
+
+def _text_chunk(
+    file: SourceFile, piece: list[bytes], first: int, tally: Tally, broken: Callable[[Broken], None]
+) -> Iterator[Chunk]:
+    data = b"".join(piece)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        tally.num_broken += 1
+        line = first + data.count(b"\n", 0, error.start)
+        broken(Broken(file.name, line, "not UTF-8", peek(data[max(0, error.start - 20) :])))
+        return
+    batch = pa.RecordBatch.from_arrays([pa.array([text], pa.string())], names=["text"])
+    yield Chunk(batch, np.array([first], np.int64))
+
+
+@contextmanager
+def _explain_arrow(file: SourceFile) -> Iterator[None]:
+    with explain_os_errors("read the source", file.path):
+        try:
+            yield
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise SourceError(
+                f"{file.path} is no readable {file.format} file: {error}",
+                hint="copy or write the file again; is its name's ending right?",
+            ) from error

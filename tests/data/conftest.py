@@ -1,0 +1,34 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from marrow.data.config import DataRecipe
+from marrow.data.ingest import ingest
+
+
+@pytest.fixture
+def read_rows(tmp_path: Path) -> Callable[..., tuple[pa.Table, dict[str, Any]]]:
+    """Ingest a source and give the rows and the facts."""
+
+    def read(source: Path | str, **settings: Any) -> tuple[pa.Table, dict[str, Any]]:
+        out = tmp_path / f"rows-{len(list(tmp_path.glob('rows-*')))}"
+        out.mkdir()
+        facts = ingest(DataRecipe(source=str(source), **settings), out)
+        return pa.concat_tables([pq.read_table(path) for path in sorted(out.glob("rows-*.parquet"))]), facts
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def stdlib_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The running interpreter's documentation, ingested once."""
+    out = tmp_path_factory.mktemp("stdlib-rows")
+    ingest(DataRecipe(), out)
+    return out

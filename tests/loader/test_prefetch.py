@@ -1,0 +1,119 @@
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
+
+import pytest
+
+from marrow.core.errors import UsageError
+from marrow.loader.prefetch import Prefetcher
+
+NAME = "prefetch-under-test"
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    assert threads() == []
+
+
+def threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == NAME]
+
+
+def counter() -> Callable[[], int]:
+    numbers = count()
+    return lambda: next(numbers)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
+def test_items_come_in_order() -> None:
+    prefetcher = Prefetcher(counter(), 3, NAME)
+    assert [prefetcher.take() for _ in range(1000)] == list(range(1000))
+    prefetcher.close()
+
+
+def test_no_more_is_made_than_the_queue_holds() -> None:
+    made: list[int] = []
+    prefetcher = Prefetcher(lambda: made.append(0), 3, NAME)
+    wait_until(lambda: len(made) == 3)
+    time.sleep(0.05)  # time enough to make one too many
+    assert len(made) == 3
+    prefetcher.take()
+    wait_until(lambda: len(made) == 4)
+    prefetcher.close()
+
+
+def test_an_error_is_raised_in_its_turn_and_again() -> None:
+    numbers = counter()
+
+    def make() -> int:
+        if (number := numbers()) == 2:
+            raise OSError("the disk is gone")
+        return number
+
+    prefetcher = Prefetcher(make, 5, NAME)
+    assert [prefetcher.take(), prefetcher.take()] == [0, 1]
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            prefetcher.take()
+    wait_until(lambda: threads() == [])  # ended by itself, before close
+    prefetcher.close()
+
+
+def test_closing_wakes_a_producer_that_waits_for_room() -> None:
+    prefetcher = Prefetcher(counter(), 1, NAME)
+    wait_until(lambda: len(prefetcher._ready) == 1)
+    prefetcher.close()
+    prefetcher.close()
+
+
+def test_closing_wakes_a_consumer_that_waits_for_an_item() -> None:
+    release = threading.Event()
+    raised: list[BaseException] = []
+    prefetcher = Prefetcher(release.wait, 1, NAME)
+
+    def consume() -> None:
+        try:
+            prefetcher.take()
+        except UsageError as error:
+            raised.append(error)
+
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    closer = threading.Thread(target=prefetcher.close)
+    closer.start()
+    consumer.join(10)
+    assert len(raised) == 1, "the consumer hears of it while the item is still being made"
+    release.set()
+    closer.join(10)
+
+
+def test_taking_after_close_is_refused() -> None:
+    prefetcher = Prefetcher(counter(), 2, NAME)
+    prefetcher.close()
+    with pytest.raises(UsageError, match="closed"):
+        prefetcher.take()
+
+
+def test_opening_and_closing_often_leaves_nothing() -> None:
+    for i in range(200):
+        prefetcher = Prefetcher(counter(), 2, NAME)
+        if i % 2:
+            prefetcher.take()
+        prefetcher.close()
+
+
+def test_a_waiting_producer_uses_no_cpu() -> None:
+    prefetcher = Prefetcher(counter(), 2, NAME)
+    wait_until(lambda: len(prefetcher._ready) == 2)
+    start_s = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - start_s < 0.05
+    prefetcher.close()

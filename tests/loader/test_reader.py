@@ -1,0 +1,137 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from marrow.core.errors import DataError, SourceError
+from marrow.core.hashes import check_file
+from marrow.loader import reader as reader_module
+from marrow.loader.reader import ShardReader
+
+
+@pytest.fixture(scope="module")
+def table(shards: Path) -> list[dict[str, object]]:
+    """All rows, read by pyarrow alone."""
+    names = [shard["name"] for shard in json.loads((shards / "manifest.json").read_text())["shards"]]
+    assert len(names) > 2
+    return [row for name in names for row in pa.ipc.open_file(shards / name).read_all().to_pylist()]
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_rows_come_in_the_order_asked_for(
+    shards: Path, table: list[dict[str, object]], data: st.DataObject
+) -> None:
+    rows = data.draw(st.lists(st.integers(0, len(table) - 1), min_size=1, max_size=30))
+    with ShardReader(shards) as reader:
+        picked = reader.take(np.array(rows))
+    expected = [table[row] for row in rows]
+    assert picked.tokens.tolist() == [row["tokens"] for row in expected]
+    assert picked.num_tokens.tolist() == [row["num_tokens"] for row in expected]
+    starts = [
+        picked.starts[low:high].tolist()
+        for low, high in zip(picked.starts_of[:-1], picked.starts_of[1:], strict=True)
+    ]
+    assert starts == [row["document_starts"] for row in expected]
+
+
+def test_what_is_picked_outlives_the_reader(shards: Path, table: list[dict[str, object]]) -> None:
+    with ShardReader(shards) as reader:
+        picked = reader.take(np.arange(3))
+    assert picked.tokens[2].tolist() == table[2]["tokens"]
+
+
+def test_a_row_tells_its_documents(shards: Path, table: list[dict[str, object]]) -> None:
+    with ShardReader(shards) as reader:
+        for number, row in enumerate(table):
+            starts = row["document_starts"]
+            assert isinstance(starts, list)
+            assert (
+                reader.documents(number)
+                == list(
+                    zip(
+                        row["document_ids"],  # type: ignore[call-overload]
+                        row["document_offsets"],
+                        starts,
+                        [*starts[1:], row["num_tokens"]],
+                        strict=True,
+                    )
+                )
+            )
+
+
+def test_a_shard_is_checked_once_and_only_when_wanted(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+
+    def counting(path: Path) -> str:
+        checked.append(path.name)
+        return check_file(path)
+
+    monkeypatch.setattr(reader_module, "check_file", counting)
+    with ShardReader(shards) as reader:
+        assert checked == []
+        for _ in range(3):
+            reader.take(np.array([0, 1]))
+        assert checked == ["train-00000.arrow"]
+        reader.take(np.arange(reader.manifest.num_rows))
+        assert checked == [shard.name for shard in reader.manifest.shards]
+
+
+# Faults
+
+
+@pytest.fixture
+def copy(shards: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shards, tmp_path / "shards"))
+
+
+def test_a_flipped_bit_is_found(copy: Path) -> None:
+    path = copy / "train-00001.arrow"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with ShardReader(copy) as reader:
+        reader.take(np.array([0]))
+        with pytest.raises(DataError, match=r"train-00001\.arrow is damaged: its xxh3") as error:
+            reader.take(np.arange(reader.manifest.num_rows))
+    assert error.value.hint
+
+
+@pytest.mark.parametrize("keep", [0, 100, -1])
+def test_a_shard_cut_short_is_found_at_once(copy: Path, keep: int) -> None:
+    path = copy / "train-00001.arrow"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataError, match=r"train-00001\.arrow is damaged: it has \d+ bytes"):
+        ShardReader(copy)
+
+
+def test_a_missing_shard_is_found_at_once(copy: Path) -> None:
+    (copy / "train-00001.arrow").unlink()
+    with pytest.raises(SourceError, match=r"train-00001\.arrow"):
+        ShardReader(copy)
+
+
+def test_a_shard_of_another_context_is_found(copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["context"] += 1
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="it holds"):
+        ShardReader(copy).take(np.array([0]))
+
+
+def test_no_shards_at_all(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="manifest"):
+        ShardReader(tmp_path)
+
+
+def test_shards_are_read_through_links(shards: Path, tmp_path: Path) -> None:
+    """The store gives a folder of links to read-only blobs."""
+    for path in shards.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    with ShardReader(tmp_path) as reader:
+        assert reader.take(np.array([0])).tokens.shape == (1, reader.manifest.context + 1)

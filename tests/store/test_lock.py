@@ -1,0 +1,128 @@
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from marrow.store.lock import FileLock
+
+HOLD = """
+import sys
+from pathlib import Path
+from marrow.store.lock import FileLock
+with FileLock(Path(sys.argv[1]), doing="building shards"):
+    print("held")
+    sys.stdin.readline()
+"""
+
+WAIT = """
+import sys
+from pathlib import Path
+from marrow.store.lock import FileLock
+with FileLock(Path(sys.argv[1]), say=print):
+    print("mine")
+"""
+
+COUNT = """
+import sys
+from pathlib import Path
+from marrow.store.lock import FileLock
+lock, counter = Path(sys.argv[1]), Path(sys.argv[2])
+for _ in range(100):
+    with FileLock(lock):
+        counter.write_text(str(int(counter.read_text()) + 1))
+"""
+
+Spawn = Callable[..., Any]
+
+
+def test_a_held_lock_is_refused_and_a_released_one_is_free(tmp_path: Path) -> None:
+    path = tmp_path / "locks" / "a.lock"
+    with FileLock(path):
+        assert not FileLock(path).try_acquire()
+    second = FileLock(path)
+    assert second.try_acquire()
+    second.release()
+    second.release()
+
+
+def test_who_waits_is_told_for_whom(tmp_path: Path, spawn: Spawn) -> None:
+    path = tmp_path / "a.lock"
+    holder = spawn(HOLD, path)
+    assert holder.line() == "held"
+    waiter = spawn(WAIT, path)
+    assert waiter.line() == f"waiting for process {holder.process.pid}, which is building shards"
+    holder.go()
+    assert waiter.line() == "mine"
+
+
+def test_kill_9_frees_the_lock(tmp_path: Path, spawn: Spawn) -> None:
+    path = tmp_path / "a.lock"
+    holder = spawn(HOLD, path)
+    holder.line()
+    waiter = spawn(WAIT, path)
+    waiter.line()
+    holder.kill()
+    assert waiter.line() == "mine"
+
+
+def test_who_waits_can_be_interrupted(tmp_path: Path, spawn: Spawn) -> None:
+    path = tmp_path / "a.lock"
+    with FileLock(path):
+        waiter = spawn(WAIT, path)
+        assert waiter.line().startswith("waiting for process")
+        waiter.process.send_signal(signal.SIGINT)
+        assert waiter.process.wait(timeout=20) != 0
+        assert "KeyboardInterrupt" in waiter.errors()
+
+
+def test_many_processes_never_hold_it_together(tmp_path: Path, spawn: Spawn) -> None:
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+    for child in [spawn(COUNT, tmp_path / "a.lock", counter) for _ in range(3)]:
+        child.result()
+    assert counter.read_text() == "300"
+
+
+def test_shared_locks_go_together_and_keep_an_exclusive_one_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.lock"
+    with FileLock(path, shared=True):
+        other = FileLock(path, shared=True)
+        assert other.try_acquire()
+        assert not FileLock(path).try_acquire()
+        other.release()
+    with FileLock(path):
+        assert not FileLock(path, shared=True).try_acquire()
+
+
+def test_release_leaves_no_file_behind(tmp_path: Path) -> None:
+    with FileLock(tmp_path / "a.lock"):
+        assert list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
+
+
+def test_release_frees_it_although_a_forked_child_has_the_file_open(tmp_path: Path, spawn: Spawn) -> None:
+    fork = """
+import os, sys, time
+from pathlib import Path
+from marrow.store.lock import FileLock
+path = Path(sys.argv[1])
+lock = FileLock(path)
+lock.try_acquire()
+child = os.fork()
+if child == 0:
+    time.sleep(60)
+lock.release()
+print(FileLock(path).try_acquire())
+os.kill(child, 9)
+os.waitpid(child, 0)
+"""
+    assert spawn(fork, tmp_path / "a.lock").result() == ["True"]
+
+
+def test_a_lock_file_left_by_a_killed_process_is_no_obstacle(tmp_path: Path) -> None:
+    path = tmp_path / "a.lock"
+    path.write_text(f"{os.getpid()} looking alive")
+    said: list[str] = []
+    with FileLock(path, say=said.append):
+        assert said == []
