@@ -19,6 +19,8 @@ NASTY = (
     "نموذج اللغة والبيانات المصدرية",
     "zażółć gęślą jaźń é̶̛́",
     "﷽﷽﷽﷽",
+    "QOGDHNUQOGDHNUQOGDHNUQOGDHNUQOGDHN",
+    "0123456789bdpqghknuo0123456789bdpq",
     "illiilliillii....,,,,''''",
     "a" * 500,
     "",
@@ -185,7 +187,8 @@ TEXTS = """(() => {
   }
   texts.forEach(([t, a], i) => texts.slice(i + 1).forEach(([u, b]) => {
     const wide = a.x < b.x + b.width && b.x < a.x + a.width;
-    if (wide && a.y < b.y + b.height - 2 && b.y < a.y + a.height - 2) bad.push(t.textContent + ' | ' + u.textContent);
+    const high = a.y < b.y + b.height - 2 && b.y < a.y + a.height - 2;
+    if (wide && high) bad.push([t.textContent, u.textContent]);
   }));
   return bad;
 })()"""

@@ -58,7 +58,7 @@ def posts(tmp_path: Path) -> Path:
 
 
 def test_each_drop_is_counted_under_its_rule_with_a_sample(tmp_path, posts):
-    table, facts, dropped = run(tmp_path, posts, dedup=DedupRecipe(similarity=0.7))
+    table, facts, dropped = run(tmp_path, posts, text="{text}", dedup=DedupRecipe(similarity=0.7))
     assert {name: count["documents"] for name, count in facts["dropped"].items()} == {
         "exact_duplicate": 1, "near_duplicate": 1, "too_short": 1, "digits": 1, "no_text": 1,
     }  # fmt: skip
@@ -71,11 +71,11 @@ def test_each_drop_is_counted_under_its_rule_with_a_sample(tmp_path, posts):
 
 
 def test_near_duplicates_may_be_kept_in_one_cluster_or_not_looked_for(tmp_path, posts):
-    kept, _, _ = run(tmp_path, posts, dedup=DedupRecipe(near="keep", similarity=0.7))
+    kept, _, _ = run(tmp_path, posts, text="{text}", dedup=DedupRecipe(near="keep", similarity=0.7))
     assert kept.num_rows == 41
     assert kept["cluster"].to_pylist()[-1] == 7
     assert kept["cluster"].to_pylist()[:40] == list(range(40))
-    off, facts, _ = run(tmp_path, posts, dedup=DedupRecipe(near="off", exact=False))
+    off, facts, _ = run(tmp_path, posts, text="{text}", dedup=DedupRecipe(near="off", exact=False))
     assert off["cluster"].to_pylist() == list(range(42))
     assert facts["clusters_of_several"] == 0
 
@@ -99,7 +99,7 @@ def test_a_row_is_found_again_in_a_later_row_group_and_rows_file(tmp_path, monke
     path = tmp_path / "a.csv"
     path.write_text("n,text\n" + "".join(f"{i},{text_of(i)}\n" for i in range(4000)))
     table, _, _ = run(tmp_path, path, row_group_bytes=1 << 16, dedup=DedupRecipe(near="off"))
-    assert table["source_part"].unique().to_pylist()[-1] == "rows-00002.parquet"
+    assert table["source_part"].unique().to_pylist()[-1] == "rows-00001.parquet"
     assert max(table["row_group"].to_pylist()) > 1
     for document in table.to_pylist()[::97]:
         part = pq.ParquetFile(tmp_path / "rows-0" / document["source_part"])

@@ -192,6 +192,44 @@ def test_one_json_array_is_refused_with_the_way_out(tmp_path, read_rows):
         read_rows(tmp_path / "a.json")
 
 
+def test_text_that_another_maker_wrote_wrongly_is_a_broken_row(tmp_path, read_rows):
+    binary = pa.array([b"good", b"bad \xff", None, b"fine"])
+    text = pa.Array.from_buffers(pa.string(), 4, binary.buffers())
+    columns = pa.Table.from_arrays([text, pa.array([1, 2, 3, 4]), text], names=["t", "n", "t"])
+    pq.write_table(columns, tmp_path / "a.parquet")
+    table, facts = read_rows(tmp_path / "a.parquet")
+    assert facts["broken_rows"] == 1
+    assert table.select(["t", "n", "t_2", "_row"]).to_pylist() == [
+        {"t": t, "n": n, "t_2": t, "_row": n} for t, n in (("good", 1), (None, 3), ("fine", 4))
+    ]
+
+
+def test_empty_files_among_others_are_counted(tmp_path, read_rows):
+    source = tmp_path / "s"
+    source.mkdir()
+    for name, text in {
+        "a.csv": "",
+        "b.csv": "\n\n",
+        "c.csv": "t\n",
+        "d.csv": "t\nx\n",
+        "e.jsonl": "{}\n",
+    }.items():
+        (source / name).write_text(text)
+    table, facts = read_rows(source)
+    assert (table.num_rows, facts["files"], facts["empty_files"]) == (1, 5, 4)
+
+
+def test_progress_ends_at_the_whole(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("n,t\n" + "".join(f"{i},{'x' * 90}\n" for i in range(60_000)))
+    (tmp_path / "out").mkdir()
+    seen: list[tuple[float, float | None]] = []
+    ingest(DataRecipe(source=str(path)), tmp_path / "out", lambda done, total, *_: seen.append((done, total)))
+    assert len(seen) > 4
+    assert seen == sorted(seen)
+    assert seen[-1] == (path.stat().st_size, path.stat().st_size)
+
+
 def test_only_a_header_is_no_row(tmp_path, read_rows):
     (tmp_path / "a.csv").write_text("a,b\n")
     with pytest.raises(SourceError, match="has no row"):

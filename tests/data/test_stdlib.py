@@ -117,8 +117,10 @@ def test_odd_files_still_give_their_module(tmp_path):
 
 
 def test_a_private_twin_is_grouped_with_its_public_module():
-    assert group_of("_pyio", "_pyio") == "pyio"
+    assert group_of("_pyio", "_pyio") == "io"
     assert group_of("json.decoder", "json.decoder") == group_of("json", "json") == "json"
+    assert group_of("_py_abc", "_py_abc") == group_of("abc", "abc") == "abc"
+    assert group_of("_threading_local", "x") == "threading_local"
     assert group_of("_collections_abc", "x").startswith("collections")
     assert group_of("", "topics.assert") == "topics.assert"
 

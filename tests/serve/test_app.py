@@ -244,12 +244,11 @@ def test_other_paths_and_methods_are_refused_in_the_same_shape(serve: Serve, lla
 
 
 def test_a_full_queue_says_when_to_come_again(serve: Serve, llama: Path) -> None:
-    url = serve(llama, max_sequences=1, max_waiting=0)
-    with (
-        httpx.Client() as client,
-        client.stream("POST", url + "/v1/completions", json=LONG | {"stream": True}) as busy,
-    ):
-        next(busy.iter_bytes())
+    url = serve(llama, max_sequences=1, max_waiting=5)
+    many = LONG | {"stream": True, "n": 6}  # one after the other, so that the queue stays full for long
+    with httpx.Client() as client, client.stream("POST", url + "/v1/completions", json=many) as busy:
+        pieces = busy.iter_bytes()  # kept: when it is collected, httpx hangs up
+        next(pieces)
         answer = client.post(url + "/v1/completions", json=BASE)
         assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
         assert answer.json()["error"]["code"] == "queue_full"

@@ -93,7 +93,7 @@ def test_random_traffic_with_aborts_leaks_nothing(llama: Path, start: Callable[.
     engine.check()
     assert engine.metrics.preemptions > 0
     assert engine.metrics.ended == 320
-    assert engine._scheduler.blocks.num_used == 0
+    assert engine._stepper._scheduler.blocks.num_used == 0
 
 
 def test_an_abort_frees_the_blocks_before_the_next_step(llama: Path, start: Callable[..., Engine]) -> None:
@@ -103,7 +103,7 @@ def test_an_abort_frees_the_blocks_before_the_next_step(llama: Path, start: Call
     stream.abort()
     steps = engine.metrics.steps
     engine.check()  # posted after the abort, so it runs after it
-    assert engine._scheduler.is_idle and engine._scheduler.blocks.num_used == 0
+    assert engine._stepper._scheduler.is_idle and engine._stepper._scheduler.blocks.num_used == 0
     assert engine.metrics.steps <= steps + 1
     assert stream.result().finish_reason == "abort"
 
@@ -303,7 +303,7 @@ def test_a_request_past_its_deadline_fails_and_frees_its_blocks(
         slow.result()
     assert failure.value.status == 504
     engine.check()
-    assert engine._scheduler.is_idle
+    assert engine._stepper._scheduler.is_idle
 
 
 def test_the_queue_is_bounded_and_says_so(llama: Path, start: Callable[..., Engine]) -> None:

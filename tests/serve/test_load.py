@@ -2,7 +2,6 @@
 
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +41,7 @@ def test_an_open_loop_sends_at_its_own_pace(serve: Callable[..., str], llama: Pa
 def test_refusals_are_counted_by_their_reason(serve: Callable[..., str], llama: Path) -> None:
     facts, _ = drive(serve(llama), Load(["x"], 3, max_tokens=10_000))
     assert facts["failed"] == 3
-    assert next(iter(facts["errors"])).startswith("HTTP 400: 10,00") or "10000" in next(iter(facts["errors"]))
+    assert "10000" in next(iter(facts["errors"]))
     assert facts["ttft_ms"] is None
 
 
@@ -101,11 +100,8 @@ def test_a_server_that_is_not_there_is_told_with_a_hint() -> None:
 
 
 def test_percentiles_are_nearest_ranks() -> None:
-    now = time.perf_counter()
     answers = [
-        Answer(
-            i, "", num_drawn=2, sent_s=now, times_s=[now + i / 1000, now + i / 1000 + 0.5], ended_s=now + 1
-        )
+        Answer(i, "", num_drawn=2, sent_s=5, times_s=[5 + i / 1000, 5.5 + i / 1000], ended_s=6)
         for i in range(1, 101)
     ]
     facts = summarise(answers, 2.0)

@@ -94,7 +94,7 @@ def test_chat_is_closed_for_a_base_model(page) -> None:
     assert "base model" in page.evaluate("document.getElementById('tab-chat').textContent")
 
 
-def test_a_chat_model_chats(browser, serve: Callable[..., str], chat_model: Path) -> None:
+def test_a_chat_model_chats(browser, serve: Callable[..., str], chat_model: Path, tmp_path: Path) -> None:
     browser.open(serve(chat_model) + "/")
     browser.wait_for("document.title === 'tiny'")
     browser.evaluate("document.getElementById('tab-complete').focus()")
@@ -105,6 +105,7 @@ def test_a_chat_model_chats(browser, serve: Callable[..., str], chat_model: Path
         browser.type("hello")
         browser.press("Control+Enter")
         browser.wait_for("!document.getElementById('send').disabled")
+    assert browser.screenshot(tmp_path / "chat.png", 1280, 800).stat().st_size > 10_000
     roles = browser.evaluate("[...document.querySelectorAll('#talk li')].map(x => x.className)")
     assert roles == ["user", "assistant"] * 2
     assert browser.errors == []

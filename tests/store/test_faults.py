@@ -5,7 +5,9 @@ test a victim kills itself at its n-th operation on the file system, for every n
 second the driver kills it at random moments while it publishes in a loop.
 """
 
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +95,28 @@ if how == "operations":
     print(n)
 else:
     kills = int(how)
+    start_s = time.monotonic()
+    def two():
+        with Store.open(home) as store:
+            chain(store, 0, 2)
+    assert os.waitpid(victim(two), 0)[1] == 0
+    two_s = time.monotonic() - start_s  # so that the moments scale with a slow machine
     for _ in range(kills):
         child = victim(forever)
-        time.sleep(random.uniform(0.0, 0.12))
+        time.sleep(random.uniform(0.0, 2 * two_s))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), status
     print(kills)
 """
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """Lie in memory where there is such a folder: a kill, unlike a power cut, forgets no write."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder) / "home"
 
 
 def assert_whole(home: Path) -> list[Artifact]:

@@ -135,7 +135,7 @@ def test_an_unknown_parent_is_refused(store: Store, fill: Fill) -> None:
     assert store.catalog.latest() == []
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), object(), {1, "a"}, b"bytes"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), object(), b"bytes"])
 def test_facts_that_json_cannot_hold_are_refused_before_anything_moves(
     store: Store, fill: Fill, value: object
 ) -> None:

@@ -20,6 +20,7 @@ from marrow.models.config import ModelConfig
 from marrow.models.decoder import Decoder
 from marrow.text.tokenizer import Tokenizer
 from marrow.train.completions import NgramGenerator, share_of_python
+from marrow.train.compressors import xz_bytes_given, zlib_bytes
 from marrow.train.evaluate import decoder_nats, evaluate, train_ngram
 from marrow.train.evaluate_config import EvaluateRecipe
 from marrow.train.heldout import HeldOut, Texts
@@ -167,6 +168,13 @@ def test_the_facts_add_up(tmp_path, split, tokenizer_folder, tokenizer, heldout)
     assert set(bits) == {"model", "ngram5", "unigram", "xz", "zlib"}
     assert bits["ngram5"] < bits["unigram"]
     assert facts["num_bytes"] == sum(len(t.encode()) for t in Texts.open(split / "heldout.parquet", 1 << 30))
+    known = Texts.open(split / "train.parquet", 1 << 30)
+    asked = Texts.open(split / "heldout.parquet", 1 << 30)
+    size = known.num_bytes + known.num_documents + asked.num_bytes + asked.num_documents
+    xz_bytes = xz_bytes_given(known.__iter__, asked.__iter__, size)
+    assert bits["xz"] == pytest.approx(8 * xz_bytes / facts["num_bytes"])
+    assert bits["zlib"] == pytest.approx(8 * zlib_bytes(asked) / facts["num_bytes"])
+    assert bits["xz"] < bits["zlib"]  # it has seen the training text
     total = decoder_nats(decoder, heldout, RECIPE).sum()
     assert bits["model"] == pytest.approx(total / math.log(2) / facts["num_bytes"], rel=1e-6)
     for predictor in ("model", "ngram5"):

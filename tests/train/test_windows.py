@@ -67,5 +67,7 @@ def test_a_batch_shows_each_window_its_own_tokens(lengths, context):
         assert first // context == place // context
         row, columns = place // context, slice(first % context, place % context + 1)
         assert len(set(document_BT[row, columns].tolist())) == 1
+        if first % context:
+            assert document_BT[row, first % context - 1] != document_BT[row, first % context]
         window = batch.tokens_BT[first : place + 1]
         np.testing.assert_array_equal(window, np.arange(window[0], window[0] + len(window)))

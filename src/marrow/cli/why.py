@@ -23,7 +23,9 @@ def command(target: str, show_all: bool, as_json: bool) -> None:
     """Show where the time went in TARGET: the last run of a recipe, or what made an artifact."""
     with Store.open() as store:
         artifacts = artifacts_of(store, target)
-    ledgers = [artifact.facts[COST]["ledger"] | {"cpu_s": artifact.facts[COST]["cpu_s"]} for artifact in artifacts]
+    ledgers = [
+        artifact.facts[COST]["ledger"] | {"cpu_s": artifact.facts[COST]["cpu_s"]} for artifact in artifacts
+    ]
     whole = overview(target, ledgers)
     if as_json:
         found = [{"ledger": ledger, "bottleneck": named(ledger)} for ledger in [whole, *ledgers]]
@@ -47,7 +49,7 @@ def artifacts_of(store: Store, target: str) -> list[Artifact]:
             found = store.catalog.get_many(ids)
             return [found[artifact_id] for artifact_id in ids]
     graph = lineage.trace(store.catalog, store.resolve(target))
-    return [artifact for artifact in reversed(graph.artifacts.values()) if COST in artifact.facts]
+    return [artifact for artifact in reversed(list(graph.artifacts.values())) if COST in artifact.facts]
 
 
 def overview(name: str, ledgers: list[dict[str, Any]]) -> dict[str, Any]:

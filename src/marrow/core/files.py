@@ -84,7 +84,7 @@ def sweep(folder: Path) -> int:
         owner = path.name.removeprefix(TEMPORARY).split("-")[0]
         if owner.isdigit() and is_running(int(owner)):
             continue
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
@@ -94,9 +94,11 @@ def sweep(folder: Path) -> int:
 
 def is_running(pid: int) -> bool:
     """Tell whether a process of this host is alive."""
+    if pid <= 0:  # 0 would ask for our own process group
+        return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True

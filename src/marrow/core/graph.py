@@ -88,8 +88,12 @@ def text_width(text: str, size: float) -> float:
     for letter in text:
         if unicodedata.category(letter) in ("Mn", "Me", "Cf"):  # drawn over or not at all
             continue
-        if ord(letter) < 128:
-            ems += 0.42 if letter in "iljtfrI .,:;|'!()[]-" else 1.0 if letter in "mwMW%@" else 0.75
+        if letter in "iljtfrI .,:;|'!()[]-":
+            ems += 0.46
+        elif letter in "mwMW%@":
+            ems += 1.15
+        elif ord(letter) < 128:
+            ems += 0.76 if letter.islower() or letter.isdigit() else 0.9
         else:
             ems += 1.3  # wide scripts take 1 em, some symbols more
     return ems * size

@@ -20,22 +20,31 @@ CHUNK_BYTES = 1 << 20
 def canonical_json(value: Any) -> str:
     """Write a value as JSON with sorted keys and no spaces.
 
-    Args: value: dataclasses, mappings, sequences, sets, paths and JSON scalars, nested at will.
-    Raises: TypeError for anything else, since its text might differ between processes.
+    Args: value: dataclasses, mappings with string keys, sequences, sets of items that have an
+        order, paths and JSON scalars, nested at will.
+    Raises: TypeError for anything else, since its text might differ between processes, or be the
+        text of another value too; ValueError for NaN and infinities.
     """
     return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), default=plain, ensure_ascii=False, allow_nan=False
+        _plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
 
 
-def plain(value: Any) -> Any:
-    """Turn one value that `json` does not know into one that it does."""
+def _plain(value: Any) -> Any:
+    """Turn a value into one that `json` writes in one way only."""
+    if value is None or isinstance(value, str | int | float):
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return dict(value)
+        for key in value:
+            if not isinstance(key, str):  # json would write 1 and "1" alike
+                raise TypeError(f"keys must be strings, {key!r} is a {type(key).__name__}")
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     if isinstance(value, set | frozenset):
-        return sorted(value)
+        return sorted(_plain(item) for item in value)
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"{type(value).__name__} has no canonical text")
@@ -67,14 +76,16 @@ def check_file(path: Path) -> str:
 
 
 def hash_sources(paths: Iterable[Path]) -> str:
-    """Return one SHA-256 over files' names and contents, in sorted order of the names.
+    """Return one SHA-256 over files' names and contents, the same in every checkout.
 
-    Folders stand for the source files (`*.py`, `*.c`, `*.h`, `*.html`) in them.
+    Folders stand for the source files (`*.py`, `*.c`, `*.h`, `*.html`) in them, each under its
+    path within the folder; a file that is given itself has the name of its folder before its own.
     """
-    files: set[Path] = set()
+    files: set[tuple[str, Path]] = set()
     for path in paths:
         if path.is_dir():
-            files.update(p for p in path.rglob("*") if p.suffix in {".py", ".c", ".h", ".html"})
+            found = (p for p in path.rglob("*") if p.suffix in {".py", ".c", ".h", ".html"})
+            files.update((p.relative_to(path).as_posix(), p) for p in found)
         else:
-            files.add(path)
-    return hash_value([[path.name, hash_file(path)] for path in sorted(files)])
+            files.add((f"{path.parent.name}/{path.name}", path))
+    return hash_value(sorted([name, hash_file(path)] for name, path in files))

@@ -277,7 +277,7 @@ th,td{padding:.4375rem 1.25rem .4375rem 0;border-bottom:1px solid var(--rule);te
 vertical-align:top;
 unicode-bidi:isolate}
 th{font-weight:600;color:var(--muted);white-space:nowrap;border-bottom-color:var(--muted)}
-td{min-width:4rem;max-width:30rem;overflow-wrap:anywhere}
+td{min-width:4rem;max-width:30rem;overflow-wrap:break-word}
 th:last-child,td:last-child{padding-right:0}
 .n{text-align:right;white-space:nowrap}
 pre,code{font:.8125rem/1.5 ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono","Liberation Mono",

@@ -11,7 +11,7 @@ header, is no UTF-8, never closes a quote, or is larger than 4 MiB. Values stay 
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO
 
@@ -27,6 +27,7 @@ from marrow.data.resync import Report, records_from
 from marrow.data.sources import BLOCK_BYTES, Broken, SourceFile, open_bytes, peek
 
 SLOW_ROWS = 1024
+_TAIL_BYTES = 64
 
 I64 = NDArray[np.int64]
 
@@ -46,10 +47,12 @@ def read_delimited(
     """Yield batches of string columns with the line of each row.
 
     Args: tally, broken: receive counts and the rows that are broken.
-    Raises: SourceError if the file has no header or more broken rows than whole ones.
+    Raises: SourceError if the file has more broken rows than whole ones.
     """
     with open_bytes(file) as stream:
         dialect = sniff(file, stream)
+    if dialect is None:  # nothing but white space: no rows, and no header to miss
+        return
 
     def report(line: int, reason: str, text: bytes | str) -> None:
         tally.num_broken += 1
@@ -79,11 +82,13 @@ class _FastReader:
     _line: int = 1
     _number: int = 1  # of the next record, as pyarrow counts
     _needs_header: bool = True
+    _tail_closes: bool = False
     _invalid: list[tuple[int, str]] = field(default_factory=list)
 
     def read(self) -> Iterator[tuple[pa.RecordBatch, I64]]:
         """Yield what the fast path can read."""
-        with open_bytes(self.file) as stream:
+        with open_bytes(self.file) as raw:
+            stream = _Tail(raw)
             held: pa.RecordBatch | None = None
             try:
                 for batch in self._open(stream):
@@ -97,6 +102,7 @@ class _FastReader:
                     yield from self._take(held, is_last=False)
                 self.resume_line = self.resume_line or self._line
                 return
+            self._tail_closes = stream.closes_quote()
             if held is not None and self.resume_line is None:
                 yield from self._take(held, is_last=True)
             if self.resume_line is None:
@@ -107,7 +113,7 @@ class _FastReader:
         """Whether the header is still to come where the slow path goes on."""
         return self._needs_header
 
-    def _open(self, stream: IO[bytes]) -> pacsv.CSVStreamingReader:
+    def _open(self, stream: "_Tail") -> pacsv.CSVStreamingReader:
         names = list(self.dialect.names)
 
         def invalid(row: pacsv.InvalidRow) -> str:
@@ -115,7 +121,7 @@ class _FastReader:
             return "skip"
 
         return pacsv.open_csv(
-            stream,
+            pa.PythonFile(stream, mode="r"),
             pacsv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES, column_names=names),
             pacsv.ParseOptions(
                 delimiter=self.dialect.delimiter,
@@ -131,7 +137,7 @@ class _FastReader:
     def _take(self, batch: pa.RecordBatch, *, is_last: bool) -> Iterator[tuple[pa.RecordBatch, I64]]:
         """Find the lines of a batch's records, drop header and blanks, check the text of the rest."""
         newlines_N = _newlines(batch)
-        if is_last and batch.num_rows and newlines_N[-1] and _ends_open(batch):
+        if is_last and batch.num_rows and newlines_N[-1] and not self._tail_closes:
             # The last field runs over several lines to the end of the file: the slow path decides
             # whether its quote was ever closed.
             batch, newlines_N = batch.slice(0, batch.num_rows - 1), newlines_N[:-1]
@@ -181,7 +187,7 @@ class _FastReader:
         if self._needs_header and filled_N.any():
             filled_N[int(np.argmax(filled_N))] = False
             self._needs_header = False
-        for index in _not_utf8(batch):
+        for index in not_utf8(batch.columns):
             if filled_N[index]:
                 filled_N[index] = False
                 text = self.dialect.delimiter.encode().join(column[index].as_py() for column in batch.columns)
@@ -193,31 +199,55 @@ class _FastReader:
             yield pa.RecordBatch.from_arrays(columns, names=list(self.dialect.names)), lines_N
 
 
+class _Tail:
+    """Passes a stream's bytes on and remembers the last ones."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._last = b""
+        self.closed = False
+
+    def read(self, size: int) -> bytes:
+        """Read as the stream does."""
+        block = self._stream.read(size)
+        if block:
+            self._last = (self._last + block[-_TAIL_BYTES:])[-_TAIL_BYTES:]
+        return block
+
+    def closes_quote(self) -> bool:
+        """Tell whether the last bytes close a quoted field: an odd number of quotes, then the end."""
+        text = self._last.rstrip(b"\r\n")
+        num_quotes = len(text) - len(text.rstrip(b'"'))
+        return num_quotes % 2 == 1 and num_quotes < len(text)
+
+
 def _newlines(batch: pa.RecordBatch) -> I64:
     """Count the newlines inside each record.
 
-    PERF: one search of the column's bytes first; counting per value costs as much as parsing.
+    PERF: 0.5 ns a byte; pyarrow's count_substring takes 2, as much as parsing.
     """
     total_N = np.zeros(batch.num_rows, np.int64)
     for column in batch.columns:
+        offsets_N1 = np.frombuffer(column.buffers()[1], np.int32)[column.offset :][: len(column) + 1]
         data = column.buffers()[2]
-        if data is not None and b"\n" in data.to_pybytes():
-            total_N += pc.count_substring(column, "\n").to_numpy(zero_copy_only=False)
+        if data is not None and batch.num_rows:
+            used = np.frombuffer(data, np.uint8)[offsets_N1[0] : offsets_N1[-1]]
+            places = np.flatnonzero(used == ord("\n"))
+            if len(places):
+                total_N += np.diff(np.searchsorted(places, offsets_N1 - offsets_N1[0]))
     return total_N
 
 
-def _ends_open(batch: pa.RecordBatch) -> bool:
-    return b"\n" in batch.column(batch.num_columns - 1)[-1].as_py()
-
-
-def _not_utf8(batch: pa.RecordBatch) -> list[int]:
-    """Return the rows in which a value is no UTF-8."""
+def not_utf8(columns: Sequence[pa.Array]) -> list[int]:
+    """Return the rows in which a value of some binary columns is no UTF-8."""
     bad: set[int] = set()
-    for column in batch.columns:
+    for column in columns:
         try:
             column.cast(pa.string())
         except pa.ArrowInvalid:
-            bad.update(i for i, value in enumerate(column.to_pylist()) if not _is_utf8(value))
+            bad.update(
+                i for i, value in enumerate(column.to_pylist()) if value is not None and not _is_utf8(value)
+            )
     return sorted(bad)
 
 

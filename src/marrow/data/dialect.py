@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
 
-from marrow.core.errors import SourceError
 from marrow.data.sources import SourceFile
 
 DELIMITERS = ",;\t|"
@@ -39,23 +38,18 @@ class Dialect:
         )
 
 
-def sniff(file: SourceFile, stream: IO[bytes]) -> Dialect:
-    """Find delimiter, escape and column names from the beginning of a file.
-
-    Raises: SourceError if there is no header.
-    """
+def sniff(file: SourceFile, stream: IO[bytes]) -> Dialect | None:
+    """Find delimiter, escape and column names from the beginning of a file; None if it is blank."""
     head = stream.read(_SNIFF_BYTES).decode("utf-8", "replace")
     if not head.strip():
-        raise SourceError(f"{file.path} has no rows", hint="a CSV begins with a line of column names")
+        return None
     escape = "\\" if '\\"' in head and head.count('\\"') > head.count('""') else None
     by_name = "\t" if ".tsv" in file.path.suffixes else ""
     candidates = by_name or DELIMITERS
     delimiter = max(candidates, key=lambda d: (_consistency(head, Dialect(d, escape)), -candidates.index(d)))
     records = _readable(Dialect(delimiter, escape).records(head))
     names = next((record for record in records if any(record)), [])
-    if not names:
-        raise SourceError(f"{file.path} has no header", hint="a CSV begins with a line of column names")
-    return Dialect(delimiter, escape, tuple(unique_names(names)))
+    return Dialect(delimiter, escape, tuple(unique_names(names))) if names else None
 
 
 def unique_names(names: list[str]) -> list[str]:

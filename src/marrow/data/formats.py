@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from marrow.core.errors import SourceError, explain_os_errors
 from marrow.data.columns import column_of, infer_text
-from marrow.data.delimited import I64, Tally, read_delimited
+from marrow.data.delimited import I64, Tally, not_utf8, read_delimited
+from marrow.data.dialect import unique_names
 from marrow.data.sources import Broken, SourceFile, lines_of, open_bytes, peek
 from marrow.data.tables import plain_type
 
@@ -117,12 +118,12 @@ def _chunk_of(rows: list[dict[str, Any]], lines: list[int]) -> Chunk:
     return Chunk(pa.RecordBatch.from_arrays(columns, names=list(names)), np.array(lines, np.int64))
 
 
-def _read_parquet(file: SourceFile, _: Tally, __: Callable[[Broken], None]) -> Iterator[Chunk]:
+def _read_parquet(file: SourceFile, tally: Tally, broken: Callable[[Broken], None]) -> Iterator[Chunk]:
     with _explain_arrow(file), pq.ParquetFile(file.path) as parquet:
-        yield from _numbered(parquet.iter_batches(BATCH_ROWS))
+        yield from _numbered(file, parquet.iter_batches(BATCH_ROWS), tally, broken)
 
 
-def _read_arrow(file: SourceFile, _: Tally, __: Callable[[Broken], None]) -> Iterator[Chunk]:
+def _read_arrow(file: SourceFile, tally: Tally, broken: Callable[[Broken], None]) -> Iterator[Chunk]:
     with _explain_arrow(file), pa.OSFile(str(file.path)) as stream:
         try:
             reader = pa.ipc.open_file(stream)
@@ -130,18 +131,40 @@ def _read_arrow(file: SourceFile, _: Tally, __: Callable[[Broken], None]) -> Ite
         except pa.ArrowInvalid:
             stream.seek(0)
             batches = iter(pa.ipc.open_stream(stream))
-        yield from _numbered(batches)
+        yield from _numbered(file, batches, tally, broken)
 
 
-def _numbered(batches: Iterator[pa.RecordBatch]) -> Iterator[Chunk]:
-    """Give plain types and row numbers to batches of another maker, cut to a bounded size."""
+def _numbered(
+    file: SourceFile, batches: Iterator[pa.RecordBatch], tally: Tally, broken: Callable[[Broken], None]
+) -> Iterator[Chunk]:
+    """Give plain types and row numbers to batches of another maker, cut to a bounded size.
+
+    Other makers may have written text that is not UTF-8, which Arrow trusts: such rows are broken.
+    """
     row = 1
     for batch in batches:
         for start in range(0, batch.num_rows, BATCH_ROWS):
             piece = batch.slice(start, BATCH_ROWS)
             schema = pa.schema([(field.name, plain_type(field.type)) for field in piece.schema])
-            yield Chunk(piece.cast(schema), np.arange(row, row + piece.num_rows, dtype=np.int64))
+            piece = pa.RecordBatch.from_arrays(piece.cast(schema).columns, names=unique_names(schema.names))
+            lines = np.arange(row, row + piece.num_rows, dtype=np.int64)
             row += piece.num_rows
+            if bad := _not_text(piece):
+                for index in bad:
+                    tally.num_broken += 1
+                    broken(Broken(file.name, int(lines[index]), "text that is not UTF-8", ""))
+                good = np.isin(np.arange(len(lines)), bad, invert=True)
+                piece, lines = piece.filter(pa.array(good)), lines[good]
+            yield Chunk(piece, lines)
+
+
+def _not_text(batch: pa.RecordBatch) -> list[int]:
+    try:
+        batch.validate(full=True)
+    except pa.ArrowInvalid:
+        texts = [column.cast(pa.binary()) for column in batch.columns if pa.types.is_string(column.type)]
+        return not_utf8(texts)
+    return []
 
 
 def _read_text(file: SourceFile, tally: Tally, broken: Callable[[Broken], None]) -> Iterator[Chunk]:

@@ -58,6 +58,7 @@ class _Reading:
     found: Found
     progress: Progress
     tally: Tally = field(default_factory=Tally)
+    num_empty: int = 0
 
     def chunks(
         self, keep: Callable[[Broken], None], limit: int | None = None
@@ -68,15 +69,20 @@ class _Reading:
         for file in self.found.files:
             tally = Tally()
             if file.num_bytes:
+                read = 0  # in bytes of rows, which tell well enough how far the file is read
                 for index, chunk in enumerate(read_file(file, tally, keep)):
                     yield file, chunk
+                    read = min(read + chunk.batch.nbytes, file.num_bytes)
+                    rows = self.tally.num_rows + tally.num_rows
+                    self.progress(done + read, total, "bytes", {"rows": f"{rows:,}"})
                     if limit is not None and index + 1 >= limit:
                         break
+            self.num_empty += tally.num_rows + tally.num_broken == 0
             self.tally.num_rows += tally.num_rows
             self.tally.num_blank += tally.num_blank
             self.tally.num_broken += tally.num_broken
             done += file.num_bytes
-            self.progress(done, total, "bytes", {"rows": f"{self.tally.num_rows:,}"})
+        self.progress(done, total, "bytes", {"rows": f"{self.tally.num_rows:,}"})
 
     def schema(self, limit: int | None) -> pa.Schema:
         """Join the columns and types of the files."""
@@ -146,6 +152,7 @@ def _write_rows(
         "source": recipe.source,
         "files": len(found.files),
         "skipped_files": found.skipped,
+        "empty_files": reading.num_empty,
         "rows": reading.tally.num_rows,
         "broken_rows": reading.tally.num_broken,
         "blank_rows": reading.tally.num_blank,

@@ -184,7 +184,7 @@ def lines_of(stream: IO[bytes], max_bytes: int) -> Iterator[tuple[bytes, bool]]:
 
 
 def _is_hidden(path: Path, base: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in path.relative_to(base).parts)
+    return any(part.startswith(".") for part in path.relative_to(base).parts)
 
 
 def _glob_base(path: Path) -> Path:

@@ -125,11 +125,13 @@ def read_stdlib(path: Path, folder: Path) -> Iterator[StdlibRow]:
 
 
 def group_of(module: str, qualified_name: str) -> str:
-    """Name the split group: the top-level package, a private twin (`_pyio`) with its public one.
+    """Name the split group: the top-level package, private twins (`_pyio`) with theirs.
 
     Each topic is a group of its own: they are separate texts of a few kilobytes.
     """
-    return module.partition(".")[0].strip("_") if module else qualified_name
+    if not module:
+        return qualified_name
+    return module.partition(".")[0].removeprefix("_py").strip("_")
 
 
 def _is_built(path: Path, root: Path) -> bool:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -48,8 +47,10 @@ class ParquetFile:
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Add rows; a row group goes to disk when it is full."""
-        for start in range(0, batch.num_rows, MAX_GROUP_ROWS):
-            piece = batch.slice(start, MAX_GROUP_ROWS)
+        per_group = batch.num_rows * self._group_bytes // max(1, batch.nbytes)
+        step = max(1, min(MAX_GROUP_ROWS, per_group))
+        for start in range(0, batch.num_rows, step):
+            piece = batch.slice(start, step)
             if self._pending_rows + piece.num_rows > MAX_GROUP_ROWS:
                 self._flush()
             self._pending.append(piece)
@@ -146,8 +147,3 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
         return pa.binary()
     return kind
-
-
-def as_json(value: Any) -> Any:
-    """Make a value of a row fit for JSON: bytes and times become text."""
-    return value if isinstance(value, str | int | float | bool | None) else str(value)

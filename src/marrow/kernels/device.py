@@ -83,7 +83,7 @@ def measure_gemm_peak(
     """Return GFLOP/s of a square matrix product of `size`, the best of what fits into `seconds`."""
     left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(left)
-    best_s = _best_seconds(lambda: torch.mm(left, right, out=out), device, seconds)
+    best_s = best_seconds(lambda: torch.mm(left, right, out=out), device, seconds)
     return 2 * size**3 / best_s / 1e9
 
 
@@ -91,7 +91,7 @@ def measure_copy_bandwidth(*, device: str = "cpu", num_bytes: int = 256 << 20, s
     """Return GB/s of a large copy, read and written bytes both counted."""
     source = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
     target = torch.ones_like(source)  # written once, so that its pages exist
-    best_s = _best_seconds(lambda: target.copy_(source), device, seconds)
+    best_s = best_seconds(lambda: target.copy_(source), device, seconds)
     return 2 * num_bytes / best_s / 1e9
 
 
@@ -173,7 +173,7 @@ def _cpu() -> tuple[str, tuple[str, ...]]:
     return name, tuple(flag for flag in (*_FLAGS, *_ARM_FLAGS) if flag in present)
 
 
-def _best_seconds(work: Callable[[], Any], device: str, seconds: float) -> float:
+def best_seconds(work: Callable[[], Any], device: str, seconds: float) -> float:
     """Time `work` over and over; return the best, after two calls that are not counted."""
 
     def wait() -> None:

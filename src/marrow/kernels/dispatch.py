@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from marrow.core.errors import UsageError
 
 ENVIRONMENT = "MARROW_KERNELS"
@@ -26,12 +28,17 @@ DEVICES = ("cpu", "cuda")
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """One way to compute an op. `unusable()` says why not here, or None."""
+    """One way to compute an op.
+
+    unusable: says why not here, or None. eager_only: inside torch.compile the reference is used
+    instead, since the compiler fuses plain operators better than hand-made blocks.
+    """
 
     name: str
     function: Callable[..., Any]
     devices: tuple[str, ...]
     unusable: Callable[[], str | None]
+    eager_only: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,7 @@ class Choice:
     device: str
     path: str
     function: Callable[..., Any]
+    compiled: Callable[..., Any]
     reason: str = ""
 
 
@@ -57,10 +65,11 @@ def register(
     *,
     devices: tuple[str, ...] = DEVICES,
     unusable: Callable[[], str | None] = lambda: None,
+    eager_only: bool = False,
 ) -> None:
     """Add a path to an op. Called once per path, at the end of the op's file."""
     assert name in ORDER, name
-    _paths.setdefault(op, {})[name] = Path(name, function, devices, unusable)
+    _paths.setdefault(op, {})[name] = Path(name, function, devices, unusable, eager_only)
 
 
 def choose(op: str, device: str) -> Callable[..., Any]:
@@ -68,7 +77,8 @@ def choose(op: str, device: str) -> Callable[..., Any]:
     key = (op, device)
     if key not in _choices:
         _choices[key] = _resolve(op, device)
-    return _choices[key].function
+    choice = _choices[key]
+    return choice.compiled if torch.compiler.is_compiling() else choice.function
 
 
 def choices() -> list[Choice]:
@@ -114,8 +124,9 @@ def _check(mode: str, what: str) -> None:
 
 def _resolve(op: str, device: str) -> Choice:
     mode = wanted()
+    reference = _paths[op]["reference"].function
     if mode == "reference":
-        return Choice(op, device, mode, _paths[op]["reference"].function)
+        return Choice(op, device, mode, reference, reference)
     reason = ""
     known = {name: path for name, path in _paths[op].items() if device in path.devices}
     if mode != "auto" and mode not in known:
@@ -127,6 +138,8 @@ def _resolve(op: str, device: str) -> Choice:
                 warnings.warn(
                     f"{op} on {device} takes its {name} path: {reason}", RuntimeWarning, stacklevel=3
                 )
-            return Choice(op, device, name, known[name].function, reason)
+            path = known[name]
+            compiled = reference if path.eager_only else path.function
+            return Choice(op, device, name, path.function, compiled, reason)
         reason = reason or f"{name}: {why_not}"
     raise AssertionError(f"{op} has no reference")

@@ -63,21 +63,20 @@ class ChunkedLoss(torch.autograd.Function):
         for hidden_MC, targets_M in zip(
             torch.split(hidden_NC, rows), torch.split(targets_N, rows), strict=True
         ):
-            logits_MV = F.linear(hidden_MC, weight_VC).to(wide)
-            log_total_M = logits_MV.logsumexp(-1)
-            valid_M = targets_M != IGNORE
+            # The scores become log probabilities and then, in place, the gradient.
+            scores_MV = torch.log_softmax(F.linear(hidden_MC, weight_VC), -1, dtype=wide)
+            valid_M1 = (targets_M != IGNORE)[:, None]
             index_M1 = targets_M.clamp(min=0)[:, None]
-            picked_M = logits_MV.gather(1, index_M1)[:, 0]
-            loss = loss + ((log_total_M - picked_M) * valid_M).sum()
+            loss = loss - scores_MV.gather(1, index_M1).masked_fill(~valid_M1, 0.0).sum()
             if not (need_hidden or need_weight):
                 continue
-            grad_MV = (logits_MV - log_total_M[:, None]).exp_()
-            grad_MV.scatter_add_(1, index_M1, torch.full_like(log_total_M, -1.0)[:, None])
-            grad_MV = (grad_MV * valid_M[:, None]).to(hidden_NC.dtype)
+            scores_MV.exp_().scatter_add_(1, index_M1, torch.full_like(valid_M1, -1.0, dtype=wide))
+            grad_MV = scores_MV.to(hidden_NC.dtype)
+            # Rows without a target are taken out where they are narrow.
             if need_hidden:
-                hidden_grads.append(grad_MV @ weight_VC)
+                hidden_grads.append((grad_MV @ weight_VC).masked_fill_(~valid_M1, 0.0))
             if weight_grad_VC is not None:
-                weight_grad_VC = weight_grad_VC + grad_MV.T @ hidden_MC
+                weight_grad_VC += grad_MV.T @ hidden_MC.masked_fill(~valid_M1, 0.0)
         ctx.hidden_grad_NC = torch.cat(hidden_grads) if need_hidden else None
         ctx.weight_grad_VC = weight_grad_VC.to(weight_VC.dtype) if weight_grad_VC is not None else None
         return loss

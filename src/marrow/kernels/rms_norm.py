@@ -6,10 +6,10 @@ Axes: N tokens (any leading axes), C channels. Source: Zhang and Sennrich 2019.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from marrow.kernels import dispatch
+from marrow.kernels.blocks import row_blocks
 
 
 def rms_norm(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
@@ -31,8 +31,50 @@ def rms_norm_reference(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_torch(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
-    """Compute `rms_norm` with torch's own operator."""
-    return F.rms_norm(x_NC, (x_NC.shape[-1],), weight_C, eps)
+    """Compute `rms_norm` block by block, in place in fp32."""
+    result: Tensor = BlockedNorm.apply(x_NC, weight_C, eps)  # type: ignore[no-untyped-call]
+    return result
+
+
+class BlockedNorm(torch.autograd.Function):
+    """Keeps x and one scale a row for backward; all else is made anew in the cache."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+        """Return the normed rows."""
+        wide = torch.promote_types(x_NC.dtype, torch.float32)
+        y_NC = torch.empty_like(x_NC, memory_format=torch.contiguous_format)
+        scale_N1 = torch.empty(*x_NC.shape[:-1], 1, dtype=wide, device=x_NC.device)
+        wide_weight_C = weight_C.to(wide)
+        for rows in row_blocks(x_NC):
+            wide_NC = x_NC[rows].to(wide, copy=True)
+            norm_N1 = torch.linalg.vector_norm(wide_NC, dim=-1, keepdim=True)
+            torch.rsqrt(norm_N1.square_().div_(x_NC.shape[-1]).add_(eps), out=scale_N1[rows])
+            y_NC[rows] = wide_NC.mul_(scale_N1[rows]).mul_(wide_weight_C)
+        ctx.save_for_backward(x_NC, weight_C, scale_N1)
+        return y_NC
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
+        """Return gradients of x and the weight.
+
+        With n = x * scale and g = dy * weight: dx = scale * (g - n * mean(g n)), dw = sum(dy n).
+        """
+        x_NC, weight_C, scale_N1 = ctx.saved_tensors
+        (dy_NC,) = grads
+        wide, channels = scale_N1.dtype, x_NC.shape[-1]
+        wide_weight_C = weight_C.to(wide)
+        dx_NC = torch.empty_like(x_NC, memory_format=torch.contiguous_format)
+        dweight_C = torch.zeros_like(wide_weight_C)
+        for rows in row_blocks(x_NC):
+            normed_NC = x_NC[rows].to(wide, copy=True).mul_(scale_N1[rows])
+            grad_NC = dy_NC[rows].to(wide, copy=True)
+            product_NC = grad_NC * normed_NC
+            dweight_C += product_NC.flatten(0, -2).sum(0)
+            mean_N1 = (product_NC @ wide_weight_C).div_(channels).unsqueeze_(-1)
+            grad_NC.mul_(wide_weight_C).addcmul_(normed_NC, mean_N1, value=-1)
+            dx_NC[rows] = grad_NC.mul_(scale_N1[rows])
+        return dx_NC, dweight_C.to(weight_C.dtype), None
 
 
 def cost(num_rows: int, num_channels: int, dtype_bytes: int) -> dict[str, Any]:
@@ -42,4 +84,4 @@ def cost(num_rows: int, num_channels: int, dtype_bytes: int) -> dict[str, Any]:
 
 
 dispatch.register("rms_norm", "reference", rms_norm_reference)
-dispatch.register("rms_norm", "torch", rms_norm_torch)
+dispatch.register("rms_norm", "torch", rms_norm_torch, eager_only=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from marrow.kernels import dispatch
+from marrow.kernels.blocks import row_blocks
 
 
 def rope_angles(
@@ -48,6 +49,39 @@ def rope_reference(x_NHD: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
     ).to(x_NHD.dtype)
 
 
+def rope_torch(x_NHD: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
+    """Compute `rope` without temporaries: three passes, and none kept for backward."""
+    result: Tensor = Rotation.apply(x_NHD, cos_NE, sin_NE)  # type: ignore[no-untyped-call]
+    return result
+
+
+class Rotation(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NHD: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
+        """Return x rotated."""
+        ctx.save_for_backward(cos_NE, sin_NE)
+        return _rotate(x_NHD, cos_NE, sin_NE, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        """Return the gradient rotated back."""
+        return _rotate(grads[0], *ctx.saved_tensors, -1), None, None
+
+
+def _rotate(x_NHD: Tensor, cos_NE: Tensor, sin_NE: Tensor, sign: int) -> Tensor:
+    half = x_NHD.shape[-1] // 2
+    y_NHD = torch.empty(x_NHD.shape, dtype=x_NHD.dtype, device=x_NHD.device)
+    cos_N1E, sin_N1E = cos_NE.to(x_NHD.dtype)[:, None], sin_NE.to(x_NHD.dtype)[:, None]
+    for rows in row_blocks(x_NHD):
+        x_first, x_second = x_NHD[rows, :, :half], x_NHD[rows, :, half:]
+        y_first, y_second = y_NHD[rows, :, :half], y_NHD[rows, :, half:]
+        torch.mul(x_first, cos_N1E[rows], out=y_first).addcmul_(x_second, sin_N1E[rows], value=-sign)
+        torch.mul(x_second, cos_N1E[rows], out=y_second).addcmul_(x_first, sin_N1E[rows], value=sign)
+    return y_NHD
+
+
 def cost(num_tokens: int, num_heads: int, head_size: int, dtype_bytes: int) -> dict[str, Any]:
     """Return the bytes moved and FLOPs done by one forward."""
     elements = num_tokens * num_heads * head_size
@@ -55,3 +89,4 @@ def cost(num_tokens: int, num_heads: int, head_size: int, dtype_bytes: int) -> d
 
 
 dispatch.register("rope", "reference", rope_reference)
+dispatch.register("rope", "torch", rope_torch, eager_only=True)

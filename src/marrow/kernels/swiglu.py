@@ -6,10 +6,12 @@ Source: Shazeer 2020 (GLU variants).
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from marrow.kernels import dispatch
+from marrow.kernels.blocks import row_blocks
 
 
 def swiglu(gate_up_NG: Tensor) -> Tensor:
@@ -29,6 +31,39 @@ def swiglu_reference(gate_up_NG: Tensor) -> Tensor:
     return F.silu(gate_NF) * up_NF
 
 
+def swiglu_torch(gate_up_NG: Tensor) -> Tensor:
+    """Compute `swiglu` block by block; backward writes both halves into one tensor."""
+    result: Tensor = BlockedGate.apply(gate_up_NG)  # type: ignore[no-untyped-call]
+    return result
+
+
+class BlockedGate(torch.autograd.Function):
+    """Keeps only its input for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up_NG: Tensor) -> Tensor:
+        """Return the gated half."""
+        ctx.save_for_backward(gate_up_NG)
+        gate_NF, up_NF = gate_up_NG.chunk(2, dim=-1)
+        y_NF = torch.empty(up_NF.shape, dtype=up_NF.dtype, device=up_NF.device)
+        for rows in row_blocks(gate_NF):
+            torch.ops.aten.silu.out(gate_NF[rows], out=y_NF[rows]).mul_(up_NF[rows])
+        return y_NF
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:
+        """Return the gradient of both halves."""
+        (gate_up_NG,), (dy_NF,) = ctx.saved_tensors, grads
+        gate_NF, up_NF = gate_up_NG.chunk(2, dim=-1)
+        result_NG = torch.empty_like(gate_up_NG)
+        dgate_NF, dup_NF = result_NG.chunk(2, dim=-1)
+        for rows in row_blocks(gate_NF):
+            torch.mul(dy_NF[rows], F.silu(gate_NF[rows]), out=dup_NF[rows])
+            through_NF = dy_NF[rows] * up_NF[rows]
+            torch.ops.aten.silu_backward.grad_input(through_NF, gate_NF[rows], grad_input=dgate_NF[rows])
+        return result_NG
+
+
 def cost(num_rows: int, intermediate_size: int, dtype_bytes: int) -> dict[str, Any]:
     """Return the bytes moved and FLOPs done by one forward."""
     elements = num_rows * intermediate_size
@@ -36,3 +71,4 @@ def cost(num_rows: int, intermediate_size: int, dtype_bytes: int) -> dict[str, A
 
 
 dispatch.register("swiglu", "reference", swiglu_reference)
+dispatch.register("swiglu", "torch", swiglu_torch, eager_only=True)

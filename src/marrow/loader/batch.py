@@ -65,16 +65,18 @@ def flatten(picked: Rows) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDA
     """Return tokens_N, targets_N, positions_N, document_N and the number of targets as arrays."""
     rows, stored = picked.tokens.shape
     context = stored - 1
+    num_tokens_B = picked.num_tokens
     tokens_N = picked.tokens[:, :-1].astype(np.int64).reshape(-1)
     targets_BT = picked.tokens[:, 1:].astype(np.int64)
-    targets_BT[np.arange(context) >= picked.num_tokens[:, None] - 1] = IGNORED
+    if int(num_tokens_B.min()) < stored:
+        targets_BT[np.arange(context) >= num_tokens_B[:, None] - 1] = IGNORED
+    targets_N = targets_BT.reshape(-1)
     row_of_start = np.repeat(np.arange(rows), np.diff(picked.starts_of))
     start_flat = row_of_start * context + picked.starts
-    targets_N = targets_BT.reshape(-1)
-    inner = picked.starts > 0  # what stands before a document's first token does not predict it
-    targets_N[start_flat[inner] - 1] = IGNORED
-    begins_N = np.zeros(rows * context, dtype=np.int32)
-    begins_N[start_flat] = 1
-    document_N = np.cumsum(begins_N, dtype=np.int32) - np.int32(1)
-    positions_N = np.arange(rows * context) - start_flat[document_N]
-    return tokens_N, targets_N, positions_N, document_N, int(np.count_nonzero(targets_N != IGNORED))
+    targets_N[start_flat[picked.starts > 0] - 1] = IGNORED  # no document predicts the next one's first
+    lengths = np.diff(start_flat, append=rows * context)
+    document_N = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    positions_N = np.arange(rows * context) - np.repeat(start_flat, lengths)
+    # All that is stored is a target, but for the first token of each document or piece.
+    num_targets = int(num_tokens_B.sum()) - len(start_flat)
+    return tokens_N, targets_N, positions_N, document_N, num_targets

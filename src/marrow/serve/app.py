@@ -167,22 +167,22 @@ class _Service:
     async def _read(self, request: Request) -> bytes:
         """Read a body up to the limit, within the deadline."""
         limit = self.engine.recipe.max_request_bytes
-        declared = request.headers.get("content-length", "")
-        data = bytearray()
+        data, received = bytearray(), 0
         try:
             async with asyncio.timeout(self.engine.recipe.deadline):
-                if not (declared.isdigit() and int(declared) > limit):
-                    async for part in request.stream():
+                async for part in request.stream():
+                    received += len(part)
+                    if received <= limit:
                         data += part
-                        if len(data) > limit:
-                            break
-                    else:
-                        return bytes(data)
+                    elif received > 16 * limit:
+                        break  # else read on: a client that is cut off while it sends sees no answer
         except TimeoutError:
             raise RequestError("the body did not come in time", status=408) from None
-        raise RequestError(
-            f"the body is larger than {limit} bytes", status=413, hint="send fewer prompts at once"
-        )
+        if received > limit:
+            raise RequestError(
+                f"the body is larger than {limit} bytes", status=413, hint="send fewer prompts at once"
+            )
+        return bytes(data)
 
     def _encode(self, prompt: str | list[int]) -> list[int]:
         return self.engine.encode(prompt) if isinstance(prompt, str) else prompt
@@ -339,7 +339,9 @@ def _usage(choices: list[Any], per_prompt: int) -> dict[str, Any]:
 
 def _prompts(prompt: Any) -> list[Any]:
     """Return a list of prompts: the field holds one text, one list of ids, or a list of either."""
-    return [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
+    if isinstance(prompt, list) and not prompt:
+        raise RequestError("the prompt is empty", param="prompt", hint="give at least one token")
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
 
 def _as_request_error(error: Exception) -> RequestError:

@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from marrow.core.errors import ModelError, RequestError
+from marrow.core.errors import DataError, ModelError, RequestError
 from marrow.text.special import SPECIAL_TOKENS
 from marrow.text.tokenizer import Tokenizer
 
@@ -74,11 +74,14 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError) as error:
             raise RequestError(f"the chat template refuses the messages: {error}", param="messages") from None
         ids: list[int] = []
-        for at, part in enumerate(_FOUND.split(text)):
-            if at % 2:
-                ids += tokenizer.encode(_PLAIN[int(part)])
-            else:
-                ids += tokenizer.encode(part, allow_special=True)
+        try:
+            for at, part in enumerate(_FOUND.split(text)):
+                if at % 2:
+                    ids += tokenizer.encode(_PLAIN[int(part)])
+                else:
+                    ids += tokenizer.encode(part, allow_special=True)
+        except DataError as error:
+            raise RequestError(error.message, param="messages", hint=error.hint) from None
         return ids
 
 

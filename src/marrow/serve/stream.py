@@ -142,3 +142,35 @@ class Stream:
         if delta.error is not None:
             raise delta.error
         return delta
+
+
+class Outbox:
+    """Collects the pieces of one step and hands them over with one call for each event loop."""
+
+    def __init__(self) -> None:
+        self._items: list[tuple[Stream, Delta]] = []
+
+    def put(self, stream: Stream, delta: Delta) -> None:
+        """Keep a piece until the step ends."""
+        self._items.append((stream, delta))
+
+    def flush(self) -> None:
+        """Hand all over. Requests whose loop was closed have no reader any more: they are aborted."""
+        items, self._items = self._items, []
+        by_loop: dict[asyncio.AbstractEventLoop | None, list[tuple[Stream, Delta]]] = {}
+        for stream, delta in items:
+            by_loop.setdefault(stream.loop, []).append((stream, delta))
+        for loop, some in by_loop.items():
+            if loop is None:
+                _hand_over(some)
+                continue
+            try:
+                loop.call_soon_threadsafe(_hand_over, some)
+            except RuntimeError:
+                for stream, _ in some:
+                    stream.abort()
+
+
+def _hand_over(items: list[tuple[Stream, Delta]]) -> None:
+    for stream, delta in items:
+        stream.put(delta)

@@ -102,19 +102,21 @@ class Database:
             return int(connection.execute(select(tables.schema.c.version)).scalar_one())
 
     def _enable_wal(self) -> None:
-        with self._explained():
-            connection = self._engine.raw_connection()
-            try:
-                connection.cursor().execute("PRAGMA journal_mode=WAL")
-            finally:
-                connection.close()
+        # On the driver's own connection: the mode cannot change inside a transaction.
+        connection = self._engine.raw_connection()
+        try:
+            connection.cursor().execute("PRAGMA journal_mode=WAL")
+        except sqlite3.Error as error:
+            raise _explain(error, self.url) from error
+        finally:
+            connection.close()
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
         try:
             yield
         except DBAPIError as error:
-            raise _explain(error, self.url) from error
+            raise _explain(error.orig, self.url) from error
         except PoolTimeout as error:
             raise StoreError(f"the catalog at {self.url} has no connection left: {error}") from error
 
@@ -187,13 +189,13 @@ _POSTGRES_ERRORS: dict[str, tuple[type[MarrowError], str, str]] = {
 }
 
 
-def _explain(error: DBAPIError, url: URL) -> MarrowError:
-    original = error.orig
-    code = getattr(original, "sqlite_errorcode", 0) & 0xFF  # the upper bits only say where
+def _explain(error: BaseException | None, url: URL) -> MarrowError:
+    """Say what a driver's error means for the user."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the upper bits only say where
     if code == sqlite3.SQLITE_IOERR and _is_full(url):
         code = sqlite3.SQLITE_FULL
-    found = _SQLITE_ERRORS.get(code) or _POSTGRES_ERRORS.get(getattr(original, "sqlstate", None) or "")
-    reason = str(original).strip()
+    found = _SQLITE_ERRORS.get(code) or _POSTGRES_ERRORS.get(getattr(error, "sqlstate", None) or "")
+    reason = str(error).strip()
     if found is not None:
         kind, what, hint = found
         return kind(f"{what} the catalog at {url}: {reason}", hint=hint)

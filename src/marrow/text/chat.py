@@ -129,7 +129,7 @@ def _hide(value: Any) -> Any:
 
 
 def _text_of(token: Any) -> str:
-    """A configuration names a token by its text, or by a table that holds it."""
+    """Return a token as text: configurations write it bare, or in a table."""
     return str(token["content"] if isinstance(token, Mapping) else token)
 
 

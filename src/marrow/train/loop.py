@@ -127,7 +127,7 @@ class Loss:
 
     def __call__(self, batch: Batch) -> Tensor:
         """Compute it; documents of a row do not see each other."""
-        packing = pack(batch.document_N, batch.T)
+        packing = pack(batch.document_N, batch.T, self.decoder.embedding_VC.dtype)
         hidden_NC = self.decoder(
             batch.tokens_N, batch.positions_N, lambda layer, q, k, v: attention(q, k, v, packing)
         )

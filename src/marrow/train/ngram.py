@@ -75,7 +75,7 @@ class NgramModel:
         Args: tokens_N: documents one after another, each beginning with bos_id, which stands
             nowhere else; ids in [0, vocab_size). order: >= 1; 1 is a smoothed unigram.
         Raises: DataError without a token to predict, or if the array does not begin with bos.
-        Cost: O(order * N log N) time, about 60 bytes of memory per token and order.
+        Cost: O(order * N log N) time, about 30 bytes of memory per token and order.
         """
         tokens_N = _check(tokens_N, vocab_size, bos_id)
         counted = _count(tokens_N, order, vocab_size, bos_id)
@@ -92,10 +92,8 @@ class NgramModel:
         given_N = tokens_N == self.bos_id
         p_N = np.full(len(tokens_N), 1.0 / self.vocab_size)
         context_N = np.zeros(len(tokens_N), np.int64)  # order 1: the one empty context
-        for k, order in enumerate(self.orders, 1):
+        for order in self.orders:
             known_N = context_N >= 0
-            if k > 1:
-                known_N &= ~given_N
             number_N = np.full(len(tokens_N), -1, np.int64)
             number_N[known_N] = _find(order.keys_G, context_N[known_N] * self.vocab_size + tokens_N[known_N])
             p_N[known_N] *= order.backoff_H[context_N[known_N]]

@@ -1,0 +1,113 @@
+"""Bad input and a hostile machine: a clear error with a hint, the right status, nothing half done."""
+
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from marrow_process import Marrow, write_csv
+
+from marrow.store.store import Store
+
+pytestmark = pytest.mark.slow
+
+
+def refused(told: "subprocess.CompletedProcess[str]", status: int, *said: str) -> None:
+    assert told.returncode == status, told.stderr
+    assert told.stdout == ""
+    for words in ("error:", "hint:", *said):
+        assert words in told.stderr
+    assert "Traceback" not in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("train.stepz=3", "did you mean 'steps'?"),
+        ("train.checkpoint_every=3 parsecs", "train.checkpoint_every"),
+        ("train.steps=many", "train.steps"),
+        ("data.format=cvs", "did you mean 'csv'?"),
+    ],
+)
+def test_a_wrong_recipe_ends_with_status_2(setting: str, said: str, marrow: Marrow, tiny: Path) -> None:
+    refused(marrow("run", tiny, "--set", setting), 2, said)
+
+
+def test_a_missing_recipe_names_one_that_is_there(marrow: Marrow, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("", encoding="utf-8")
+    refused(marrow("run", "mien.toml"), 2, "mine.toml")
+
+
+def test_a_missing_source_is_an_error(marrow: Marrow, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    refused(marrow("run", tiny, "--set", "data.source=nots"), 1, "nots", "notes")
+
+
+def test_an_empty_source_is_an_error(marrow: Marrow, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(marrow("run", tiny, "--set", "data.source=empty"), 1, "empty")
+    (tmp_path / "empty.csv").write_bytes(b"")
+    refused(marrow("run", tiny, "--set", "data.source=empty.csv"), 1, "empty")
+
+
+def test_too_few_rows_for_a_heldout_part_is_an_error(marrow: Marrow, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.csv").write_text("text\na single row of text that is long enough\n", encoding="utf-8")
+    refused(marrow("run", tiny, "--set", "data.source=one.csv"), 1)
+
+
+def test_a_broken_csv_row_is_counted_and_the_run_goes_on(marrow: Marrow, tiny: Path, tmp_path: Path) -> None:
+    write_csv(tmp_path / "notes.csv", 400)
+    with (tmp_path / "notes.csv").open("a", encoding="utf-8") as file:
+        file.write("one,two,three,four fields where two are declared\n")
+    told = marrow("run", tiny, "--set", "data.source=notes.csv")
+    assert told.returncode == 0, told.stderr
+    with Store.open(tmp_path / "home") as store:
+        rows = store.catalog.list(kind="ingest")[0]
+        assert rows.facts["broken_rows"] == 1
+        assert rows.facts["rows"] == 400
+        quarantine = (store.view(rows) / "quarantine.jsonl").read_text(encoding="utf-8")
+        assert '"line": 402' in quarantine
+
+
+def test_a_port_in_use_is_an_error(marrow: Marrow, finished: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        refused(marrow("serve", "tiny", "--port", port, home=finished), 1, port)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if (
+        os.getuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=3m", "none", folder], capture_output=True, check=False
+        ).returncode
+    ):
+        pytest.skip("a small tmpfs needs root and the right to mount")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_is_an_error_and_leaves_only_whole_artifacts(
+    small_disk: Path, marrow: Marrow, tiny: Path, csv_source: Path
+) -> None:
+    home = small_disk / "home"
+    arguments = ["run", tiny, "--set", f"data.source={csv_source}", "--set", "model.hidden_size=256"]
+    refused(marrow(*arguments, home=home), 1, "no space left", "MARROW_HOME")
+    with Store.open(home) as store:
+        found = store.catalog.list()
+        assert found, "the first steps fit"
+        for artifact in found:
+            assert not store.verify(artifact)
+
+
+def test_a_store_that_cannot_be_written_is_an_error(marrow: Marrow, tiny: Path, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    refused(marrow("run", tiny, home=small_disk / "home"), 1, "no permission", "MARROW_HOME")

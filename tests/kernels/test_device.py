@@ -1,0 +1,99 @@
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from marrow.kernels import device, roofline
+
+
+def test_facts_describe_this_machine():
+    facts = device.facts()
+    assert facts.cores == len(os.sched_getaffinity(0)) or facts.cores < len(os.sched_getaffinity(0))
+    assert facts.memory_bytes > 1 << 28
+    assert facts.cpu and facts.architecture and facts.torch == torch.__version__
+    assert (len(facts.cuda) > 0) == torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gemm_peak_is_of_the_order_of_one_product_timed_here(dtype):
+    peak = device.measure_gemm_peak(dtype, size=128, seconds=0.02)
+    assert 0.01 < peak < 1e5  # GFLOP/s: between a broken timer and more than any CPU has
+
+
+def test_copy_bandwidth_counts_reads_and_writes():
+    assert 0.05 < device.measure_copy_bandwidth(num_bytes=8 << 20, seconds=0.02) < 1e4
+
+
+def test_the_dtype_follows_from_the_measurement_alone():
+    assert device.decide_dtype(100.0, 130.0) is torch.bfloat16
+    assert device.decide_dtype(100.0, 110.0) is torch.float32  # within the noise
+    assert device.decide_dtype(100.0, 20.0) is torch.float32
+
+
+def test_the_choice_carries_its_figures(monkeypatch):
+    monkeypatch.setattr(
+        device, "measure_gemm_peak", lambda dtype, **_: {torch.float32: 10.0}.get(dtype, 30.0)
+    )
+    choice = device.choose_dtype()
+    assert (choice.dtype, choice.gemm_fp32_gflops, choice.gemm_bf16_gflops) == (torch.bfloat16, 10.0, 30.0)
+
+
+def test_a_missing_compiler_is_seen(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert device.find_compiler() is None
+    assert not device.compiler_available()
+
+
+def test_a_compiler_that_does_not_work_is_seen(monkeypatch, tmp_path):
+    fake = tmp_path / "c++"
+    fake.write_text("#!/bin/sh\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    assert device.find_compiler() == str(fake)
+    assert not device.compiler_available()
+
+
+def test_the_compiler_of_this_machine_is_judged_by_use():
+    if device.find_compiler() is None:
+        pytest.skip("no C++ compiler is installed here")
+    assert isinstance(device.compiler_available(), bool)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
+def test_raised_thresholds_keep_freed_memory():
+    """Allocate and free 20 MiB a hundred times: page faults fall by more than tenfold."""
+    program = """
+import resource, sys, torch
+from marrow.kernels.device import raise_malloc_thresholds
+if sys.argv[1] == "raise":
+    assert raise_malloc_thresholds() and raise_malloc_thresholds()
+torch.zeros(5 << 20).add(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(100):
+    torch.ones(5 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = [
+        int(subprocess.run([sys.executable, "-c", program, mode], capture_output=True, check=True).stdout)
+        for mode in ("leave", "raise")
+    ]
+    if faults[0] < 1000:
+        pytest.skip("the C library here keeps freed memory by itself")
+    assert faults[1] * 10 < faults[0]
+    assert resource.RUSAGE_SELF == 0
+
+
+def test_the_roofline_has_a_row_for_every_path_of_every_op():
+    rows = roofline.measure(seconds=0.002, scale=0.05)
+    assert {(r.op, r.path) for r in rows} == set(roofline.known())
+    for row in rows:
+        assert row.microseconds > 0
+        assert row.gflops > 0 and row.gbytes > 0
+        assert row.bound in ("memory", "compute")
+        assert row.share_of_peak == pytest.approx(
+            row.gbytes / row.peak_gbytes if row.bound == "memory" else row.gflops / row.peak_gflops
+        )

@@ -1,0 +1,297 @@
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from marrow.core.errors import ModelError
+from marrow.models import huggingface
+from marrow.models.decoder import Decoder
+
+SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "initializer_range": 0.2,  # large, so that every part of the model matters to the logits
+    "rms_norm_eps": 1e-5,
+}
+FAMILIES = {
+    "llama": transformers.LlamaConfig(**SHAPE),
+    "llama, other head size, theta, tied": transformers.LlamaConfig(
+        **SHAPE,
+        head_dim=16,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+    ),
+    "mistral": transformers.MistralConfig(**SHAPE, sliding_window=None),
+    "mistral, window beyond the context": transformers.MistralConfig(**SHAPE, sliding_window=64),
+    "qwen2": transformers.Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "qwen3": transformers.Qwen3Config(**SHAPE, head_dim=16),
+}
+# Both sides do the same fp32 products; only the order of sums differs: 1e-5 of logits around 1 to 10.
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_transformers():
+    transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path):
+    """A byte-level tokenizer with our special tokens, as text/tokenizer.py writes it."""
+    special = ["<|bos|>", "<|eos|>", "<|pad|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:93]
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(special + letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def peer(config, seed=0):
+    """A random transformers model, norms and biases included."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+@pytest.fixture
+def decoder(tiny):
+    decoder = Decoder(tiny, seed=11)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)) * 0.2)
+    return decoder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_we_load_what_transformers_saves_and_give_the_same_logits(family, tmp_path, tokens, logits_of):
+    model = peer(FAMILIES[family])
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        ours = logits_of(huggingface.load(tmp_path, torch.float32), tokens)
+        torch.testing.assert_close(ours, model(tokens).logits, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"qk_norm": False},
+        {"qk_norm": False, "qkv_bias": True},
+        {"tie_embeddings": False},
+        {"num_kv_heads": 4, "head_size": 16, "rope_theta": 1e6},
+    ],
+)
+def test_transformers_loads_what_we_save_and_gives_the_same_logits(change, tiny, tmp_path, tokens, logits_of):
+    decoder = Decoder(dataclasses.replace(tiny, **change), seed=1)
+    huggingface.save(tmp_path, decoder)
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, logits_of(decoder, tokens), **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saving_and_loading_keeps_every_bit(dtype, decoder, tmp_path):
+    decoder.to(dtype)
+    huggingface.save(tmp_path, decoder)
+    again = huggingface.load(tmp_path)
+    assert again.config == decoder.config
+    assert again.embedding_VC.dtype == dtype
+    for (name, a), (_, b) in zip(decoder.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_equal_models_give_equal_files(decoder, tmp_path):
+    for name in ("a", "b"):
+        huggingface.save(tmp_path / name, decoder)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_the_tokenizer_travels_along(decoder, tokenizer_folder, tmp_path):
+    huggingface.save(tmp_path / "export", decoder, tokenizer_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 2)
+    assert tokenizer.decode(tokenizer("AB0")["input_ids"]) == "AB0"
+    assert tokenizer.model_max_length == decoder.config.max_positions
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    assert (model.generation_config.bos_token_id, model.generation_config.eos_token_id) == (0, 1)
+    assert model.config.eos_token_id == 1
+
+
+def test_greedy_generation_of_transformers_follows_our_logits(decoder, tmp_path, logits_of):
+    huggingface.save(tmp_path, decoder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    row = [5, 6, 7]
+    theirs = model.generate(torch.tensor([row]), max_new_tokens=8, do_sample=False, pad_token_id=2)
+    for _ in range(8):
+        row.append(int(logits_of(decoder, torch.tensor([row]))[0, -1].argmax()))
+    assert theirs[0].tolist() == row
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(decoder, tokenizer_folder, tmp_path):
+    small = Decoder(dataclasses.replace(decoder.config, vocab_size=90))
+    with pytest.raises(ModelError, match="96 tokens do not fit the model's vocabulary of 90"):
+        huggingface.save(tmp_path / "export", small, tokenizer_folder)
+
+
+def test_shards_of_weights_are_read_as_one(tmp_path, tokens, logits_of):
+    model = peer(FAMILIES["llama"])
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    with torch.no_grad():
+        torch.testing.assert_close(
+            logits_of(huggingface.load(tmp_path), tokens), model(tokens).logits, **CLOSE
+        )
+
+
+def test_a_snapshot_is_loaded_in_place(decoder, tmp_path):
+    other = Decoder(decoder.config, seed=99)
+    place = other.layers[0].qkv_YC
+    huggingface.save_weights(tmp_path / "snapshot.safetensors", decoder)
+    huggingface.load_weights(other, tmp_path / "snapshot.safetensors")
+    assert other.layers[0].qkv_YC is place
+    assert all(torch.equal(a, b) for a, b in zip(decoder.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "rope_parameters"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "rope_scaling"),
+        ({"model_type": "gemma"}, "model_type"),
+        ({"model_type": "mistral", "sliding_window": 32}, "sliding_window"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32}, "sliding_window"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"num_attention_heads": 3}, "num_heads = 3"),
+        ({"hidden_size": None}, "config.json"),
+    ],
+)
+def test_what_the_decoder_cannot_compute_is_refused_by_name(change, field, tiny):
+    llama = huggingface.to_config(dataclasses.replace(tiny, qk_norm=False))
+    with pytest.raises(ModelError, match=field):
+        huggingface.from_config(llama | change)
+
+
+def test_a_lacking_field_is_named(tiny):
+    values = huggingface.to_config(tiny)
+    del values["num_hidden_layers"]
+    with pytest.raises(ModelError, match="lacks num_hidden_layers"):
+        huggingface.from_config(values)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_configs_survive_both_maps(family):
+    config = huggingface.from_config(FAMILIES[family].to_dict())
+    assert huggingface.from_config(huggingface.to_config(config)) == config
+
+
+def damage_lose_tensor(tensors):
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+
+
+def damage_shape(tensors):
+    tensors["model.norm.weight"] = torch.zeros(31)
+
+
+def damage_extra(tensors):
+    tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_lose_tensor, "tensor model.layers.1.self_attn.k_proj.weight is missing"),
+        (damage_shape, r"model.norm.weight has shape \[31\], not \[32\]"),
+        (damage_extra, "model.layers.2.mlp.up_proj.weight has no place"),
+    ],
+)
+def test_wrong_tensors_are_named(damage, message, decoder, tmp_path):
+    huggingface.save(tmp_path, decoder)
+    tensors = load_file(tmp_path / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=message):
+        huggingface.load(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -1])
+def test_a_torn_file_is_called_damaged(keep, decoder, tmp_path):
+    huggingface.save(tmp_path, decoder)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ModelError, match="damaged"):
+        huggingface.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(name, decoder, tmp_path):
+    huggingface.save(tmp_path, decoder)
+    (tmp_path / name).unlink()
+    with pytest.raises(ModelError, match=name):
+        huggingface.load(tmp_path)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    peer(FAMILIES["llama"]).save_pretrained(tmp_path, max_shard_size="20KB")
+    lost = sorted(tmp_path.glob("*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(ModelError, match=lost.name):
+        huggingface.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+def test_a_broken_config_is_called_so(text, decoder, tmp_path):
+    huggingface.save(tmp_path, decoder)
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ModelError, match=r"config\.json"):
+        huggingface.load(tmp_path)
+
+
+def test_a_head_stored_beside_a_tied_embedding_is_left_alone(decoder, tmp_path):
+    huggingface.save(tmp_path, decoder)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert torch.equal(huggingface.load(tmp_path).embedding_VC, decoder.embedding_VC)
+
+
+def test_older_spellings_of_the_config_are_read(decoder, tmp_path):
+    """transformers 4 wrote rope_theta and torch_dtype, and rope_scaling null."""
+    huggingface.save(tmp_path, decoder)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values.pop("rope_parameters")
+    values |= {"rope_scaling": None, "torch_dtype": values.pop("dtype"), "rope_theta": 10_000.0}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert huggingface.load(tmp_path).config == decoder.config
+    shutil.rmtree(tmp_path)
