@@ -7,7 +7,8 @@ side also infers types over the whole file, checks UTF-8, finds every row's line
 
     python bench/ingest.py [--repeat 5] [--megabytes 10]
 
-10 MB is what the library has: more repeats it, which helps every cache. One process, one thread, both sides interleaved, CPU seconds. Goal: at most 1.05x in all.
+10 MB is what the standard library has; more would repeat it, which helps every cache. One process,
+one thread, both sides interleaved, CPU seconds. Goal: at most 1.05x in all.
 """
 
 import argparse

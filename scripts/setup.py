@@ -18,7 +18,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, ".venv")
 STAMP = os.path.join(VENV, "ready")
 NEEDED_GB = {"cpu": 2.5, "cuda": 12.0}  # on disk after set-up, measured with torch 2.13
-DOWNLOAD = {"cpu": "about 0.5 GB", "cuda": "about 3 GB, most of it the CUDA libraries that torch's Linux build brings"}
+DOWNLOAD = {
+    "cpu": "about 0.5 GB",
+    "cuda": "about 3 GB, most of it the CUDA libraries that torch's Linux build brings",
+}
 
 
 def main():
@@ -67,29 +70,36 @@ def check_machine():
     system, machine = platform.system(), platform.machine()
     if (system, machine) not in {("Linux", "x86_64"), ("Linux", "aarch64"), ("Darwin", "arm64")}:
         fail(
-            "no torch build is known for {} {}".format(system, machine),
+            f"no torch build is known for {system} {machine}",
             "use Linux (x86-64, arm64) or macOS on Apple silicon",
         )
     for module in ("venv", "ensurepip"):
         if importlib.util.find_spec(module) is None:
-            fail("this Python has no {}".format(module), "on Debian and Ubuntu: apt install python3-venv")
+            fail(f"this Python has no {module}", "on Debian and Ubuntu: apt install python3-venv")
     if not os.access(ROOT, os.W_OK):
         fail("no permission to write in " + ROOT, "clone into a folder that you own")
     build_kind = torch_build()
     free_gb = shutil.disk_usage(ROOT).free / 1e9
     if free_gb < NEEDED_GB[build_kind]:
         fail(
-            "{:.1f} GB free on this disk, set-up needs {:.1f} GB".format(free_gb, NEEDED_GB[build_kind]),
+            f"{free_gb:.1f} GB free on this disk, set-up needs {NEEDED_GB[build_kind]:.1f} GB",
             "free some space"
-            + ("; a CPU build of torch (PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL) needs 2.5 GB" if build_kind == "cuda" else ""),
+            + (
+                "; a CPU build of torch (PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL) needs 2.5 GB"
+                if build_kind == "cuda"
+                else ""
+            ),
         )
-    say("Setting up .venv: {} to download, once.".format(DOWNLOAD[build_kind]))
+    say(f"Setting up .venv: {DOWNLOAD[build_kind]} to download, once.")
 
 
 def torch_build():
     """Tell which torch pip will take: Linux x86-64 wheels bring CUDA, unless a source of its own is set."""
     settings = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-m", "pip", "config", "list"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     ).stdout + " ".join(name for name in os.environ if name.startswith("PIP_"))
     own_source = any(word in settings.lower().replace("_", "-") for word in ("find-links", "index-url"))
     return "cuda" if (platform.system() == "Linux" and not own_source) else "cpu"
@@ -100,9 +110,17 @@ def build(extras, wanted):
     python = os.path.join(VENV, "bin", "python")
     if os.path.exists(STAMP):
         os.remove(STAMP)
-    if subprocess.call([python, "-c", "import pip"], stderr=subprocess.DEVNULL) if os.path.exists(python) else True:
+    if (
+        subprocess.call([python, "-c", "import pip"], stderr=subprocess.DEVNULL)
+        if os.path.exists(python)
+        else True
+    ):
         shutil.rmtree(VENV, ignore_errors=True)
-        run([sys.executable, "-m", "venv", VENV], "python -m venv failed", "on Debian and Ubuntu: apt install python3-venv")
+        run(
+            [sys.executable, "-m", "venv", VENV],
+            "python -m venv failed",
+            "on Debian and Ubuntu: apt install python3-venv",
+        )
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     pip += ["--constraint", os.path.join(ROOT, "constraints.txt")]
     hint = "check the network, or point pip at your own index: PIP_INDEX_URL=... make run; then run it again"
@@ -126,7 +144,7 @@ def say(text):
 
 def fail(message, hint):
     """End with a message and what to do next."""
-    say("error: {}\nhint: {}".format(message, hint))
+    say(f"error: {message}\nhint: {hint}")
     sys.exit(1)
 
 

@@ -64,7 +64,7 @@ def test_a_broken_csv_row_is_counted_and_the_run_goes_on(marrow: Marrow, tiny: P
     told = marrow("run", tiny, "--set", "data.source=notes.csv")
     assert told.returncode == 0, told.stderr
     with Store.open(tmp_path / "home") as store:
-        rows = store.catalog.list(kind="ingest")[0]
+        rows = store.catalog.latest(kind="ingest")[0]
         assert rows.facts["broken_rows"] == 1
         assert rows.facts["rows"] == 400
         quarantine = (store.view(rows) / "quarantine.jsonl").read_text(encoding="utf-8")
@@ -102,7 +102,7 @@ def test_a_full_disk_is_an_error_and_leaves_only_whole_artifacts(
     arguments = ["run", tiny, "--set", f"data.source={csv_source}", "--set", "model.hidden_size=256"]
     refused(marrow(*arguments, home=home), 1, "no space left", "MARROW_HOME")
     with Store.open(home) as store:
-        found = store.catalog.list()
+        found = store.catalog.latest()
         assert found, "the first steps fit"
         for artifact in found:
             assert not store.verify(artifact)

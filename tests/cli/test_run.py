@@ -77,7 +77,7 @@ def test_a_damaged_blob_is_found_by_hash_and_rebuilt(
     marrow: Marrow, tiny: Path, csv_source: Path, home: Path
 ) -> None:
     with Store.open(home) as store:
-        shards = store.catalog.list(kind="shards")[0]
+        shards = store.catalog.latest(kind="shards")[0]
         blob = store.blobs.place(next(f.sha256 for f in shards.files if f.name.endswith(".arrow")))
         before = store.resolve("tiny").id
     blob.chmod(0o644)
@@ -99,52 +99,35 @@ def test_two_runs_at_once_both_finish_and_agree(
     tiny: Path, csv_source: Path, tmp_path: Path, finished: Path
 ) -> None:
     home = tmp_path / "shared"
-    runs = [
-        subprocess.Popen(
-            command(*with_source(tiny, csv_source)),
-            env=environment(home),
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
+    runs = [start(with_source(tiny, csv_source), home) for _ in range(2)]
     told = [run.communicate(timeout=250) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], told
     with Store.open(home) as store, Store.open(finished) as alone:
         for kind in STEPS[:8]:  # serve and report hold timings
-            artifacts = store.catalog.list(kind=kind)
+            artifacts = store.catalog.latest(kind=kind)
             assert len(artifacts) == 1, f"{kind} was built twice"
             assert not store.verify(artifacts[0])
         assert store.resolve("tiny").files == alone.resolve("tiny").files
 
 
-@pytest.mark.parametrize(
-    "step", ["ingest", "clean", "tokenizer", "shards", "train", "evaluate", "serve", "report"]
-)
+CHANGES = {  # a setting that makes the step, and what follows, run anew
+    "ingest": "data.row_group_bytes=4MiB",
+    "clean": "data.dedup.similarity=0.7",
+    "tokenizer": "tokenizer.min_frequency=3",
+    "shards": "shards.max_padding=0.5",
+    "train": "train.steps=40",
+    "evaluate": "evaluate.stride=16",
+    "serve": "load.max_tokens=9",
+    "report": "report.max_tokens=17",
+}
+
+
+@pytest.mark.parametrize("step", CHANGES)
 def test_killed_in_any_step_the_next_run_goes_on(
     step: str, marrow: Marrow, tiny: Path, csv_source: Path, home: Path, finished: Path
 ) -> None:
-    """The catalog is cut back to before the step, so that it is what runs when the kill comes."""
-    changed = {
-        "ingest": "data.row_group_bytes=4MiB",
-        "clean": "data.dedup.similarity=0.7",
-        "tokenizer": "tokenizer.min_frequency=3",
-        "shards": "shards.max_padding=0.5",
-        "train": "train.steps=40",
-        "evaluate": "evaluate.stride=16",
-        "serve": "load.max_tokens=9",
-        "report": "report.max_tokens=17",
-    }[step]
-    arguments = [*with_source(tiny, csv_source), "--set", changed]
-    run = subprocess.Popen(
-        command(*arguments),
-        env=environment(home),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    arguments = [*with_source(tiny, csv_source), "--set", CHANGES[step]]
+    run = start(arguments, home)
     wait_for_step(home, run, step)
     time.sleep(0.3 if step in ("train", "serve", "evaluate", "report") else 0.01)
     run.send_signal(signal.SIGKILL)
@@ -154,9 +137,19 @@ def test_killed_in_any_step_the_next_run_goes_on(
     with Store.open(home) as store:
         assert list((home / "staging").iterdir()) == []
         assert list((home / "work").iterdir()) == []
-        for artifact in store.catalog.list(limit=1000):
+        for artifact in store.catalog.latest(limit=1000):
             assert not store.verify(artifact)
     assert_no_server_is_left(home)
+
+
+def start(arguments: list[str | Path], home: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        command(*arguments),
+        env=environment(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def wait_for_step(home: Path, run: "subprocess.Popen[str]", step: str) -> None:
@@ -197,10 +190,8 @@ def environ_of(pid: int) -> bytes:
 def test_ctrl_c_ends_with_130_and_the_next_run_goes_on(
     marrow: Marrow, tiny: Path, csv_source: Path, home: Path
 ) -> None:
-    arguments = [*with_source(tiny, csv_source), "--set", "train.steps=400"]
-    run = subprocess.Popen(
-        command(*arguments), env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    arguments = [*with_source(tiny, csv_source), "--set", "train.steps=150"]
+    run = start(arguments, home)
     wait_for_step(home, run, "train")
     time.sleep(3)  # into the steps, past the import of torch
     run.send_signal(signal.SIGINT)

@@ -1,5 +1,5 @@
+import json
 import os
-import resource
 import subprocess
 import sys
 
@@ -11,7 +11,7 @@ from marrow.kernels import device, roofline
 
 def test_facts_describe_this_machine():
     facts = device.facts()
-    assert facts.cores == len(os.sched_getaffinity(0)) or facts.cores < len(os.sched_getaffinity(0))
+    assert 1 <= facts.cores <= (os.cpu_count() or 1)
     assert facts.memory_bytes > 1 << 28
     assert facts.cpu and facts.architecture and facts.torch == torch.__version__
     assert (len(facts.cuda) > 0) == torch.cuda.is_available()
@@ -65,16 +65,22 @@ def test_the_compiler_of_this_machine_is_judged_by_use():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_raised_thresholds_keep_freed_memory():
-    """Allocate and free 20 MiB a hundred times: page faults fall by more than tenfold."""
+    """Hold and free 0.5 GB over and over: page faults fall by more than tenfold.
+
+    By itself glibc gives back what is free at the top of the heap beyond 64 MiB, and always what is larger than 32 MiB.
+    """
     program = """
 import resource, sys, torch
 from marrow.kernels.device import raise_malloc_thresholds
 if sys.argv[1] == "raise":
     assert raise_malloc_thresholds() and raise_malloc_thresholds()
-torch.zeros(5 << 20).add(1)
+def step():
+    return [torch.ones(size) for size in (5 << 20, 1 << 18, 10_000_000) for _ in range(8)]
+for _ in range(3):
+    step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(100):
-    torch.ones(5 << 20)
+for _ in range(10):
+    step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     faults = [
@@ -84,16 +90,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     if faults[0] < 1000:
         pytest.skip("the C library here keeps freed memory by itself")
     assert faults[1] * 10 < faults[0]
-    assert resource.RUSAGE_SELF == 0
 
 
 def test_the_roofline_has_a_row_for_every_path_of_every_op():
     rows = roofline.measure(seconds=0.002, scale=0.05)
-    assert {(r.op, r.path) for r in rows} == set(roofline.known())
+    assert [(row["op"], row["path"]) for row in rows] == roofline.known()
     for row in rows:
-        assert row.microseconds > 0
-        assert row.gflops > 0 and row.gbytes > 0
-        assert row.bound in ("memory", "compute")
-        assert row.share_of_peak == pytest.approx(
-            row.gbytes / row.peak_gbytes if row.bound == "memory" else row.gflops / row.peak_gflops
-        )
+        assert row["microseconds"] > 0 and row["gflops"] > 0 and row["gbytes_per_s"] > 0
+        memory = row["gbytes_per_s"] / row["peak_gbytes_per_s"]
+        compute = row["gflops"] / row["peak_gflops"]
+        # The nearer roof is the one that bounds.
+        assert row["share_of_peak"] == pytest.approx(max(memory, compute))
+        assert row["bound"] == ("memory" if memory > compute else "compute")
+        assert f"{row['op']}" in roofline.describe(row)
+        assert json.dumps(row)

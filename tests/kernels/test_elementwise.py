@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marrow.kernels import dispatch
+from marrow.kernels import rms_norm as rms_norm_module
 from marrow.kernels.rms_norm import rms_norm
 from marrow.kernels.rope import rope, rope_angles
 from marrow.kernels.swiglu import swiglu
@@ -126,10 +127,33 @@ def test_swiglu_gates_the_last_half_by_the_first():
 
 
 @pytest.mark.parametrize(("op", "path"), CASES)
-def test_each_path_compiles_into_one_graph(op, path):
+def test_each_op_compiles_into_one_graph_and_equals_its_eager_path(op, path):
+    dispatch.reset(path)
+    public = {"rms_norm": rms_norm, "rope": rope, "swiglu": swiglu}[op]
     tensors = [t.float() for t in inputs(op, 5, 8)]
     for leaf in tensors[: differentiable(op)]:
         leaf.requires_grad_()
-    function = dispatch.paths(op)[path].function
-    compiled = torch.compile(lambda *ts: call(op, function, ts), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*tensors), call(op, function, tensors))
+    compiled = torch.compile(lambda *ts: call(op, public, ts), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*tensors), call(op, public, tensors))
+
+
+def test_a_compiler_is_given_the_reference_where_a_path_is_for_eager_only():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compile(swiglu, fullgraph=True, backend=backend)(torch.randn(4, 8, requires_grad=True))
+    assert "silu" in graphs[0].code
+    assert "autograd_function" not in graphs[0].code
+
+
+def test_the_size_of_blocks_changes_nothing(monkeypatch):
+    tensors = inputs("rms_norm", 50, 8)
+    function = dispatch.paths("rms_norm")["torch"].function
+    whole = run("rms_norm", function, tensors, torch.float64)
+    for elements in (1, 64, 100):
+        monkeypatch.setattr(rms_norm_module, "BLOCK_ELEMENTS", elements)
+        for a, b in zip(run("rms_norm", function, tensors, torch.float64), whole, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -291,6 +291,7 @@ def test_a_client_that_goes_away_frees_its_blocks(stream: bool, serve: Serve, ll
     assert 'reason="abort"} 4' in httpx.get(url + "/metrics").text
 
 
+@pytest.mark.slow
 def test_random_clients_that_leave_at_random_leak_nothing(serve: Serve, llama: Path) -> None:
     """300 requests over HTTP, a third of which hang up after a random number of bytes."""
     url = serve(llama, kv_memory=20 * 16 * 256, max_waiting=400)

@@ -233,7 +233,7 @@ def test_a_request_that_turns_to_nan_fails_alone_and_taints_no_block(
     good = [[token if token != 100 else 101 for token in prompt] for prompt in random_prompts(6)]
     expected = engine.generate(good, GREEDY)
     for _ in range(6):
-        bad = engine.submit(Request((*range(64, 96), 100), GREEDY))
+        bad = engine.submit(Request((100, *range(64, 96)), GREEDY))  # all 33 tokens see the NaN
         with pytest.raises(ServeError, match="finite"):
             bad.result()
         assert ids_of(engine.generate(good, GREEDY)) == ids_of(expected)

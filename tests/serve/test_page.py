@@ -49,6 +49,7 @@ def test_a_prompt_is_typed_sent_and_answered_with_keys_only(page) -> None:
         assert text(page) == expected
 
 
+@pytest.mark.slow
 def test_escape_stops_and_the_server_forgets_the_request(page) -> None:
     set_field(page, "max_tokens", 240)
     page.type(PROMPT)
@@ -60,6 +61,7 @@ def test_escape_stops_and_the_server_forgets_the_request(page) -> None:
     assert page.evaluate("document.activeElement.id") == "prompt"
 
 
+@pytest.mark.slow
 def test_every_control_is_reached_by_tab_and_shows_its_focus(page) -> None:
     page.type("x")
     page.press("Control+Enter")
@@ -77,6 +79,7 @@ def test_every_control_is_reached_by_tab_and_shows_its_focus(page) -> None:
     assert unnamed == []
 
 
+@pytest.mark.slow
 def test_a_refusal_is_shown_with_its_hint(page) -> None:
     set_field(page, "max_tokens", 250)
     page.type("x " * 40)
@@ -94,6 +97,7 @@ def test_chat_is_closed_for_a_base_model(page) -> None:
     assert "base model" in page.evaluate("document.getElementById('tab-chat').textContent")
 
 
+@pytest.mark.slow
 def test_a_chat_model_chats(browser, serve: Callable[..., str], chat_model: Path, tmp_path: Path) -> None:
     browser.open(serve(chat_model) + "/")
     browser.wait_for("document.title === 'tiny'")
@@ -111,6 +115,7 @@ def test_a_chat_model_chats(browser, serve: Callable[..., str], chat_model: Path
     assert browser.errors == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844), (320, 640)])
 def test_nothing_is_wider_than_the_screen(page, width: int, height: int) -> None:
     page.resize(width, height)
@@ -118,6 +123,7 @@ def test_nothing_is_wider_than_the_screen(page, width: int, height: int) -> None
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.slow
 def test_the_picture_is_taken_in_light_and_dark_and_on_a_phone(page, tmp_path: Path) -> None:
     set_field(page, "seed", 3)
     page.type(PROMPT)

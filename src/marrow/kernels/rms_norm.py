@@ -3,13 +3,19 @@
 Axes: N tokens (any leading axes), C channels. Source: Zhang and Sennrich 2019.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from marrow.kernels import dispatch
-from marrow.kernels.blocks import row_blocks
+
+# PERF: a chain of eager operators goes through memory once each; in blocks it stays in the cache.
+# Forward and backward of 8192 x 256 bf16 on one core: 25 ms reference, 14.8 ms in place, 12.9 ms in
+# blocks of this size, 10.2 ms in blocks a quarter of it; but every operator is a barrier between
+# threads, and on a busy machine each of these can cost milliseconds.
+BLOCK_ELEMENTS = 1 << 19
 
 
 def rms_norm(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
@@ -46,7 +52,7 @@ class BlockedNorm(torch.autograd.Function):
         y_NC = torch.empty_like(x_NC, memory_format=torch.contiguous_format)
         scale_N1 = torch.empty(*x_NC.shape[:-1], 1, dtype=wide, device=x_NC.device)
         wide_weight_C = weight_C.to(wide)
-        for rows in row_blocks(x_NC):
+        for rows in _blocks(x_NC):
             wide_NC = x_NC[rows].to(wide, copy=True)
             norm_N1 = torch.linalg.vector_norm(wide_NC, dim=-1, keepdim=True)
             torch.rsqrt(norm_N1.square_().div_(x_NC.shape[-1]).add_(eps), out=scale_N1[rows])
@@ -66,7 +72,7 @@ class BlockedNorm(torch.autograd.Function):
         wide_weight_C = weight_C.to(wide)
         dx_NC = torch.empty_like(x_NC, memory_format=torch.contiguous_format)
         dweight_C = torch.zeros_like(wide_weight_C)
-        for rows in row_blocks(x_NC):
+        for rows in _blocks(x_NC):
             normed_NC = x_NC[rows].to(wide, copy=True).mul_(scale_N1[rows])
             grad_NC = dy_NC[rows].to(wide, copy=True)
             product_NC = grad_NC * normed_NC
@@ -75,6 +81,14 @@ class BlockedNorm(torch.autograd.Function):
             grad_NC.mul_(wide_weight_C).addcmul_(normed_NC, mean_N1, value=-1)
             dx_NC[rows] = grad_NC.mul_(scale_N1[rows])
         return dx_NC, dweight_C.to(weight_C.dtype), None
+
+
+def _blocks(x_NC: Tensor) -> Iterator[slice]:
+    """Yield slices over the first axis that hold about `BLOCK_ELEMENTS` elements each."""
+    rows = x_NC.shape[0]
+    step = max(1, BLOCK_ELEMENTS * rows // max(1, x_NC.numel()))
+    for start in range(0, rows, step):
+        yield slice(start, start + step)
 
 
 def cost(num_rows: int, num_channels: int, dtype_bytes: int) -> dict[str, Any]:

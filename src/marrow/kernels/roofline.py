@@ -2,15 +2,14 @@
 
 Each op runs at the shapes of the quickstart (scaled by `scale`), every path that is usable here.
 Its file's cost model gives bytes and FLOPs; the measured copy bandwidth and GEMM peak give the two
-roofs, and the lower one is the bound. Figures above 100 % of the memory roof mean that the data
+roofs, and the one that it is nearer to is its bound. More than 100 % of the memory roof means that data
 stayed in cache.
 
 Source: Williams, Waterman and Patterson 2009.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -21,22 +20,6 @@ OPS = ("rms_norm", "rope", "swiglu", "attention", "paged_attention", "linear_cro
 CHANNELS, HEADS, KV_HEADS, HEAD_SIZE, VOCAB, ROW_TOKENS, BLOCK = 256, 4, 2, 64, 4096, 512, 16
 
 Case = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One path of one op: time of a forward, what it achieved, and the roof that bounds it."""
-
-    op: str
-    path: str
-    shape: str
-    microseconds: float
-    gbytes: float
-    gflops: float
-    peak_gbytes: float
-    peak_gflops: float
-    bound: Literal["memory", "compute"]
-    share_of_peak: float
 
 
 def known() -> list[tuple[str, str]]:
@@ -52,11 +35,12 @@ def known() -> list[tuple[str, str]]:
 @torch.inference_mode()
 def measure(
     *, dtype: torch.dtype = torch.float32, device: str = "cpu", seconds: float = 0.2, scale: float = 1.0
-) -> list[Row]:
+) -> list[dict[str, Any]]:
     """Time every path of every op.
 
     Args: seconds: for each path and each of the two peaks. scale: of the number of tokens (8192).
-    Returns: a row for each (op, path), in a fixed order.
+    Returns: a JSON-able row for each (op, path), in a fixed order: op, path, dtype, shape,
+        microseconds of a forward, gbytes_per_s, gflops, their peaks, bound, share_of_peak.
     """
     peak_gbytes = measure_copy_bandwidth(device=device, seconds=seconds)
     peak_gflops = measure_gemm_peak(dtype, device=device, seconds=seconds)
@@ -64,24 +48,36 @@ def measure(
     for op, name in known():
         arguments, cost = cases[op]
         function = dispatch.paths(op)[name].function
-        seconds_each = best_seconds(lambda: function(*arguments), device, seconds)  # noqa: B023 (called at once)
-        gbytes, gflops = cost["bytes"] / seconds_each / 1e9, cost["flops"] / seconds_each / 1e9
-        memory_bound = cost["bytes"] / peak_gbytes > cost["flops"] / peak_gflops
+        took_s = best_seconds(lambda: function(*arguments), device, seconds)  # noqa: B023 (called at once)
+        gbytes, gflops = cost["bytes"] / took_s / 1e9, cost["flops"] / took_s / 1e9
+        memory, compute = gbytes / peak_gbytes, gflops / peak_gflops
         rows.append(
-            Row(
-                op=op,
-                path=name,
-                shape=" ".join("x".join(map(str, a.shape)) for a in arguments if isinstance(a, torch.Tensor)),
-                microseconds=seconds_each * 1e6,
-                gbytes=gbytes,
-                gflops=gflops,
-                peak_gbytes=peak_gbytes,
-                peak_gflops=peak_gflops,
-                bound="memory" if memory_bound else "compute",
-                share_of_peak=gbytes / peak_gbytes if memory_bound else gflops / peak_gflops,
-            )
+            {
+                "op": op,
+                "path": name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "shape": " ".join(
+                    "x".join(map(str, a.shape)) for a in arguments if isinstance(a, torch.Tensor)
+                ),
+                "microseconds": took_s * 1e6,
+                "gbytes_per_s": gbytes,
+                "gflops": gflops,
+                "peak_gbytes_per_s": peak_gbytes,
+                "peak_gflops": peak_gflops,
+                "bound": "memory" if memory > compute else "compute",
+                "share_of_peak": max(memory, compute),
+            }
         )
     return rows
+
+
+def describe(row: dict[str, Any]) -> str:
+    """Return one line of text for a row of `measure`."""
+    return (
+        f"{row['op']:<21}{row['path']:<10}{row['dtype']:<9}{row['microseconds']:>10,.0f} us"
+        f"{row['gbytes_per_s']:>9.2f} GB/s{row['gflops']:>9.1f} GFLOP/s"
+        f"{row['share_of_peak']:>6.0%} of {row['bound']} peak"
+    )
 
 
 def _rms_norm(dtype: torch.dtype, device: str, scale: float) -> Case:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from marrow.kernels import dispatch
-from marrow.kernels.blocks import row_blocks
 
 
 def swiglu(gate_up_NG: Tensor) -> Tensor:
@@ -32,12 +31,12 @@ def swiglu_reference(gate_up_NG: Tensor) -> Tensor:
 
 
 def swiglu_torch(gate_up_NG: Tensor) -> Tensor:
-    """Compute `swiglu` block by block; backward writes both halves into one tensor."""
-    result: Tensor = BlockedGate.apply(gate_up_NG)  # type: ignore[no-untyped-call]
+    """Compute `swiglu` keeping one tensor for backward, not three; as fast as the reference."""
+    result: Tensor = Gate.apply(gate_up_NG)  # type: ignore[no-untyped-call]
     return result
 
 
-class BlockedGate(torch.autograd.Function):
+class Gate(torch.autograd.Function):
     """Keeps only its input for backward."""
 
     @staticmethod
@@ -46,8 +45,7 @@ class BlockedGate(torch.autograd.Function):
         ctx.save_for_backward(gate_up_NG)
         gate_NF, up_NF = gate_up_NG.chunk(2, dim=-1)
         y_NF = torch.empty(up_NF.shape, dtype=up_NF.dtype, device=up_NF.device)
-        for rows in row_blocks(gate_NF):
-            torch.ops.aten.silu.out(gate_NF[rows], out=y_NF[rows]).mul_(up_NF[rows])
+        torch.ops.aten.silu.out(gate_NF, out=y_NF).mul_(up_NF)
         return y_NF
 
     @staticmethod
@@ -57,10 +55,8 @@ class BlockedGate(torch.autograd.Function):
         gate_NF, up_NF = gate_up_NG.chunk(2, dim=-1)
         result_NG = torch.empty_like(gate_up_NG)
         dgate_NF, dup_NF = result_NG.chunk(2, dim=-1)
-        for rows in row_blocks(gate_NF):
-            torch.mul(dy_NF[rows], F.silu(gate_NF[rows]), out=dup_NF[rows])
-            through_NF = dy_NF[rows] * up_NF[rows]
-            torch.ops.aten.silu_backward.grad_input(through_NF, gate_NF[rows], grad_input=dgate_NF[rows])
+        torch.mul(dy_NF, F.silu(gate_NF), out=dup_NF)
+        torch.ops.aten.silu_backward.grad_input(dy_NF * up_NF, gate_NF, grad_input=dgate_NF)
         return result_NG
 
 

@@ -8,7 +8,6 @@ tokens, and `document_N` tells which of them may attend to each other.
     positions  0 1 2 3 | 0 1 2 3
 """
 
-# ruff: noqa: N815 - tensor names carry their axes
 from dataclasses import dataclass
 from typing import Any
 

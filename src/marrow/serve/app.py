@@ -40,6 +40,7 @@ from marrow.serve.engine import Engine
 from marrow.serve.metrics import CONTENT_TYPE, prometheus
 from marrow.serve.sampling import choice_seed
 
+_LONG_PROMPT = 20_000  # characters; longer ones would hold up the event loop for milliseconds
 _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -77,7 +78,7 @@ class _Service:
 
     async def complete(self, request: Request) -> Response:
         body = parse(CompletionBody, await self._read(request), self.engine.name)
-        prompts = [self._encode(prompt) for prompt in _prompts(body.prompt)]
+        prompts = [await self._encode(prompt) for prompt in _prompts(body.prompt)]
         scored = bool(body.echo) and body.logprobs is not None
         max_tokens = 16 if body.max_tokens is None else body.max_tokens
         requests = self._requests(body, prompts, max_tokens, body.logprobs, scored)
@@ -108,7 +109,7 @@ class _Service:
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestError("top_logprobs needs logprobs = true", param="top_logprobs")
         messages = [message.model_dump(exclude_none=True) for message in body.messages]
-        prompt = self.chat.encode(messages, self.engine.tokenizer)
+        prompt = await asyncio.to_thread(self.chat.encode, messages, self.engine.tokenizer)
         given = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
         room = max(self.engine.max_tokens(len(prompt)), 1)
         reported = (body.top_logprobs or 0) if body.logprobs else None
@@ -184,8 +185,12 @@ class _Service:
             )
         return bytes(data)
 
-    def _encode(self, prompt: str | list[int]) -> list[int]:
-        return self.engine.encode(prompt) if isinstance(prompt, str) else prompt
+    async def _encode(self, prompt: str | list[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        if len(prompt) < _LONG_PROMPT:
+            return self.engine.encode(prompt)
+        return await asyncio.to_thread(self.engine.encode, prompt)
 
     def _text(self, ids: list[int]) -> str:
         return self.engine.tokenizer.decode(ids)

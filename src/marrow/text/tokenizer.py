@@ -47,6 +47,8 @@ class Tokenizer:
         self._library = library
         self._library.encode_special_tokens = True
         self._words = _Words(library)
+        # Tokenizers made with another pattern keep it, and take the library's road alone.
+        self._has_our_pattern = repr(library.pre_tokenizer) == repr(_untrained().pre_tokenizer)
         self.bos_id = SPECIAL_TOKENS.index(BOS)
         self.eos_id = SPECIAL_TOKENS.index(EOS)
         self.pad_id = SPECIAL_TOKENS.index(PAD)
@@ -97,9 +99,9 @@ class Tokenizer:
                 f"{file} is not a tokenizer: {error}", hint="the file is damaged; make or copy it anew"
             ) from None
         ids = [library.token_to_id(text) for text in SPECIAL_TOKENS]
-        if ids != list(range(NUM_SPECIAL)) or repr(library.pre_tokenizer) != repr(_untrained().pre_tokenizer):
+        if ids != list(range(NUM_SPECIAL)) or not isinstance(library.decoder, decoders.ByteLevel):
             raise ModelError(
-                f"{file} was not made by Marrow: its special tokens or its split pattern differ",
+                f"{file} was not made by Marrow: it lacks the 64 special tokens, or is not byte-level",
                 hint="train one with a recipe's [tokenizer] table",
             )
         return cls(library)
@@ -149,6 +151,8 @@ class Tokenizer:
         return self._plain_bytes if skip_special else self._all_bytes
 
     def _ids(self, text: str) -> Iterator[int]:
+        if not self._has_our_pattern:
+            return iter(_library_ids(self._library, text))
         if text.isascii():
             return self._words.ids(text)
         _check_unicode(text)
@@ -209,17 +213,21 @@ class Detokenizer:
 
 
 class _Words(dict[str, list[int]]):
-    """The ids of words seen before; new ones are asked of the library."""
+    """The ids of words seen before; new ones are merged by the library's model.
+
+    The model alone: its pre-tokenizer could cut a word again, now that nothing stands after it.
+    """
 
     def __init__(self, library: Library) -> None:
         super().__init__()
-        self._library = library
+        self._model = library.model
+        self._alphabet = str.maketrans(dict(enumerate(_byte_alphabet())))
 
     def ids(self, ascii_text: str) -> Iterator[int]:
         return chain.from_iterable(map(self.__getitem__, ASCII_WORDS.findall(ascii_text)))
 
     def __missing__(self, word: str) -> list[int]:
-        ids: list[int] = self._library.encode(word, add_special_tokens=False).ids
+        ids = [token.id for token in self._model.tokenize(word.translate(self._alphabet))]
         if len(word) <= _CACHED_CHARACTERS:
             if len(self) >= _CACHED_WORDS:
                 self.clear()

@@ -22,7 +22,9 @@ from marrow.train.checkpoint import remove_checkpoints
 from marrow.train.config import TrainRecipe
 
 FILE_NAME = "run.json"
-COMPILE_PAYS_STEPS = 20_000
+# PERF: compiling the layers costs 26 CPU-seconds and makes a step of 2048 tokens of a 1 M model 1.18x
+# faster (147 for 174 ms), which is paid back after 1000 steps; 5000 leave a margin for slow compilers.
+COMPILE_PAYS_STEPS = 5_000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 logger = logging.getLogger(__name__)

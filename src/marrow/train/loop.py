@@ -152,6 +152,9 @@ class Run:
         self.progress, self.log = progress, log
         with span("start"):
             self.decoder = Decoder(model, seed=recipe.seed, dtype=decisions.torch_dtype)
+            if decisions.compile:
+                for layer in self.decoder.layers:  # one graph for all of them
+                    layer.compile(dynamic=False)
             self.optimiser = Optimiser(self.decoder, recipe)
             self.loss = Loss(self.decoder)
             manifest = Manifest.read(shards_folder)
