@@ -67,7 +67,8 @@ def test_the_compiler_of_this_machine_is_judged_by_use():
 def test_raised_thresholds_keep_freed_memory():
     """Hold and free 0.5 GB over and over: page faults fall by more than tenfold.
 
-    By itself glibc gives back what is free at the top of the heap beyond 64 MiB, and always what is larger than 32 MiB.
+    By itself glibc gives back what is free at the top of the heap beyond 64 MiB, and always what
+    is larger than 32 MiB.
     """
     program = """
 import resource, sys, torch

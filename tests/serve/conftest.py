@@ -20,7 +20,7 @@ from marrow.text.tokenizer import Tokenizer
 
 SHAPE = ModelConfig(
     hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_size=8,
-    max_positions=256, initial_std=0.4,
+    max_positions=2048, initial_std=0.4,
 )  # fmt: skip
 # A wide spread of weights keeps the likeliest tokens apart by much more than fp32's rounding, so
 # that greedy texts can be compared token for token, however the batch was cut.

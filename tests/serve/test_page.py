@@ -51,7 +51,7 @@ def test_a_prompt_is_typed_sent_and_answered_with_keys_only(page) -> None:
 
 @pytest.mark.slow
 def test_escape_stops_and_the_server_forgets_the_request(page) -> None:
-    set_field(page, "max_tokens", 240)
+    set_field(page, "max_tokens", 2000)
     page.type(PROMPT)
     page.press("Control+Enter")
     page.wait_for("document.querySelector('#complete mark')?.textContent.length > 3")
@@ -81,7 +81,7 @@ def test_every_control_is_reached_by_tab_and_shows_its_focus(page) -> None:
 
 @pytest.mark.slow
 def test_a_refusal_is_shown_with_its_hint(page) -> None:
-    set_field(page, "max_tokens", 250)
+    set_field(page, "max_tokens", 2040)
     page.type("x " * 40)
     page.press("Control+Enter")
     page.wait_for("!document.getElementById('error').hidden")

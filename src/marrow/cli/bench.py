@@ -42,9 +42,8 @@ def serve(
     if as_json:
         click.echo(json.dumps(measured, indent=2))
         return
-    click.echo(
-        f"{measured['requests']} requests, {measured['failed']} failed, in {console.duration(measured['wall_s'])}"
-    )
+    wall = console.duration(measured["wall_s"])
+    click.echo(f"{measured['requests']} requests, {measured['failed']} failed, in {wall}")
     click.echo(f"{console.quantity(measured['completion_tokens_per_s'])} completion tokens/s")
     for name in ("ttft_ms", "itl_ms", "e2e_ms"):
         if found := measured[name]:

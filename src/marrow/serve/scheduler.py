@@ -84,13 +84,11 @@ class Scheduler:
                     chunks.append(Chunk(sequence, sequence.num_computed, count))
                     planned.add(sequence.id)
                     budget -= count
-        # A running sequence that got nothing goes before anybody new.
-        while self.waiting and budget and len(planned) == len(self.running) < self.max_sequences:
+        while self.waiting and budget and len(self.running) < self.max_sequences:
             admitted = self._admit(self.waiting[0], budget)
             if admitted is None:
                 break
             chunks.append(admitted)
-            planned.add(admitted.sequence.id)
             budget -= admitted.count
         assert chunks or self.is_idle, "there is work, but none can be planned"
         return chunks

@@ -26,6 +26,7 @@ from marrow.core.progress import Progress, silent
 from marrow.core.span import span
 from marrow.data.manifest import FILE_NAME as MANIFEST_FILE
 from marrow.data.manifest import Manifest
+from marrow.kernels import dispatch
 from marrow.kernels.attention import attention, pack
 from marrow.kernels.device import raise_malloc_thresholds
 from marrow.kernels.linear_cross_entropy import linear_cross_entropy
@@ -153,7 +154,8 @@ class Run:
         with span("start"):
             self.decoder = Decoder(model, seed=recipe.seed, dtype=decisions.torch_dtype)
             if decisions.compile:
-                for layer in self.decoder.layers:  # one graph for all of them
+                dispatch.choices()  # made before, or the graph is compiled again when they are there
+                for layer in self.decoder.layers:  # all share one graph, and one for masked batches
                     layer.compile(dynamic=False)
             self.optimiser = Optimiser(self.decoder, recipe)
             self.loss = Loss(self.decoder)
