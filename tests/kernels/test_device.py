@@ -76,11 +76,11 @@ from marrow.kernels.device import raise_malloc_thresholds
 if sys.argv[1] == "raise":
     assert raise_malloc_thresholds() and raise_malloc_thresholds()
 def step():
-    return [torch.ones(size) for size in (5 << 20, 1 << 18, 10_000_000) for _ in range(8)]
+    return [torch.ones(size) for size in (5 << 20, 1 << 18, 10_000_000) for _ in range(3)]
 for _ in range(3):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
+for _ in range(4):
     step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """

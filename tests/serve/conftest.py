@@ -12,10 +12,10 @@ from marrow.models import huggingface
 from marrow.models.config import ModelConfig
 from marrow.models.decoder import Decoder
 from marrow.serve.app import make_app
-from marrow.serve.chat import ChatTemplate
 from marrow.serve.config import ServeRecipe
 from marrow.serve.engine import Engine
 from marrow.serve.server import Server, bind, url_of
+from marrow.text.chat import ChatTemplate
 from marrow.text.tokenizer import Tokenizer
 
 SHAPE = ModelConfig(

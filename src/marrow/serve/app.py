@@ -35,10 +35,10 @@ from marrow.serve.api import (
     usage,
     validate_choices,
 )
-from marrow.serve.chat import ChatTemplate
 from marrow.serve.engine import Engine
 from marrow.serve.metrics import CONTENT_TYPE, prometheus
 from marrow.serve.sampling import choice_seed
+from marrow.text.chat import ChatTemplate
 
 _LONG_PROMPT = 20_000  # characters; longer ones would hold up the event loop for milliseconds
 _PAGE_POLICY = (

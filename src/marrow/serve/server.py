@@ -21,9 +21,9 @@ from fastapi import FastAPI
 
 from marrow.core.errors import NotPermitted, PortInUse, ServeError
 from marrow.serve.app import make_app
-from marrow.serve.chat import ChatTemplate
 from marrow.serve.config import ServeRecipe
 from marrow.serve.engine import Engine
+from marrow.text.chat import ChatTemplate
 
 
 def run_server(
