@@ -75,7 +75,7 @@ def attention_reference(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, packing: Pa
 
 def attention_torch(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, packing: Packing) -> Tensor:
     """Compute `attention` with torch's fused kernels."""
-    rows, row_tokens = packing.document_BT.shape
+    rows = packing.document_BT.shape[0]
     q_BHTD, k_BKSD, v_BKSD = _rows(q_NHD, rows), _rows(k_NKD, rows), _rows(v_NKD, rows)
     # PERF: 16 rows of 512, half of them with two documents, 4 heads of 64 over 2, one core,
     # interleaved, forward + backward in bf16 / fp32: mask made once 98 / 131 ms, boolean mask
