@@ -3,7 +3,6 @@
 #   make test    set-up, then every test
 PYTHON ?= python3
 BIN := .venv/bin
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: run test check lint fast bench clean setup setup-test
 

@@ -1,7 +1,6 @@
 """CPU time of logging 1000 metric points: Marrow's catalog beside MLflow's, both on SQLite.
 
-    python -m venv .bench/mlflow && .bench/mlflow/bin/pip install -r bench/requirements-catalog.txt
-    MARROW_BENCH_MLFLOW=.bench/mlflow/bin/python python bench/catalog.py
+    python bench/all.py catalog       (installs MLflow into .bench/catalog first)
 
 Every measurement is a fresh process that imports, makes its database and logs 10 points to warm
 up; then the CPU time (user + system, all threads) of 1000 points is taken inside it, until they
@@ -138,7 +137,7 @@ def measure(way: str, python: str) -> dict[str, float]:
 def main() -> None:
     """Measure all ways in turns, print the table, write the results."""
     (ROOT / ".bench").mkdir(exist_ok=True)
-    peer = os.environ.get("MARROW_BENCH_MLFLOW") or str(ROOT / ".bench/mlflow/bin/python")
+    peer = os.environ.get("MARROW_BENCH_MLFLOW") or str(ROOT / ".bench/catalog/bin/python")
     if not Path(peer).exists():
         sys.exit(f"no MLflow at {peer}: see the head of {__file__} for the two commands")
     samples: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from marrow.core.config import load_recipe
-from marrow.core.errors import Interrupted, ModelError, RecipeError, TrainError
+from marrow.core.errors import DiskFull, Interrupted, ModelError, RecipeError, TrainError
 from marrow.core.span import Ledger
 from marrow.kernels import device
 from marrow.kernels.attention import attention, pack
@@ -381,6 +381,24 @@ def test_progress_and_log_tell_the_figures(
     )
     assert shown[-1][:3] == (12, 12, "step")
     assert set(shown[-1][3]) == {"loss", "tok/s", "MFU", "data wait"}
+
+
+def test_a_full_disk_is_an_error_with_a_hint_wherever_it_is_met(
+    corpus: Path, tiny_recipe: Make, tiny_model: ModelConfig, tmp_path: Path, small_disk: Path
+) -> None:
+    """The snapshot of the first step, then the results, do not fit; the run goes on when they do."""
+    large = replace(tiny_model, hidden_size=160)
+    folders = corpus / "shards", corpus / "tokenizer"
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DiskFull, match="cannot write a snapshot: no space left"):
+        train(tiny_recipe(), large, *folders, tmp_path / "out", small_disk / "work")
+    (small_disk / "out").mkdir()
+    recipe = tiny_recipe(checkpoint_every_steps=6)
+    with pytest.raises(DiskFull, match="cannot write the trained model: no space left"):
+        train(recipe, large, *folders, small_disk / "out", tmp_path / "work")
+    out, facts = run(corpus, recipe, large, tmp_path, "again")
+    assert facts["resumed_from"] == 12
+    assert (out / "model.safetensors").exists()
 
 
 def test_rows_that_do_not_divide_are_refused_with_the_line(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def save_checkpoint(work: Path, step: int, tensors: Mapping[str, Tensor], state:
     Raises: DiskFull, NotPermitted; what was there before then still is.
     """
     target = work / f"{PREFIX}{step:08d}"
-    with explain_os_errors("write a checkpoint", target), atomic_folder(target) as folder:
+    with explain_write_errors("write a checkpoint", target), atomic_folder(target) as folder:
         write_state(folder, tensors, dict(state) | {"step": step})
         manifest = {name: check_file(folder / name) for name in (TENSORS, STATE)}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -61,10 +62,7 @@ def save_checkpoint(work: Path, step: int, tensors: Mapping[str, Tensor], state:
 def write_state(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write tensors and state into a folder; equal values give equal bytes."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(contiguous, folder / TENSORS)
-    except SafetensorError as error:
-        raise _as_os_error(error, folder / TENSORS) from error
+    save_file(contiguous, folder / TENSORS)
     (folder / STATE).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -90,6 +88,22 @@ def load_latest(work: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, damaged
 
 
+@contextmanager
+def explain_write_errors(doing: str, path: Path) -> Iterator[None]:
+    """As `explain_os_errors`; also for what safetensors says when the system refuses to write.
+
+    Raises: DiskFull, NotPermitted, SourceError.
+    """
+    with explain_os_errors(doing, path):
+        try:
+            yield
+        except SafetensorError as error:
+            number = _NUMBER.search(str(error))  # it keeps the refusal's number only in its text
+            if number is None:
+                raise
+            raise OSError(int(number[1]), str(error), str(path)) from error
+
+
 def remove_checkpoints(work: Path) -> None:
     """Remove all checkpoints of a folder: they belong to another run."""
     for folder in _folders(work):
@@ -99,9 +113,3 @@ def remove_checkpoints(work: Path) -> None:
 def _folders(work: Path) -> list[Path]:
     """List checkpoints, oldest first; the names sort as the steps do."""
     return sorted(path for path in work.glob(f"{PREFIX}*") if path.is_dir())
-
-
-def _as_os_error(error: SafetensorError, path: Path) -> Exception:
-    """Give the system's refusal back its number: safetensors only keeps its text."""
-    number = _NUMBER.search(str(error))
-    return OSError(int(number[1]), str(error), str(path)) if number else error

@@ -36,7 +36,13 @@ from marrow.models import huggingface
 from marrow.models.config import ModelConfig
 from marrow.models.decoder import Decoder
 from marrow.text.tokenizer import FILE_NAME as TOKENIZER_FILE
-from marrow.train.checkpoint import Checkpoint, load_latest, save_checkpoint, write_state
+from marrow.train.checkpoint import (
+    Checkpoint,
+    explain_write_errors,
+    load_latest,
+    save_checkpoint,
+    write_state,
+)
 from marrow.train.config import TrainRecipe
 from marrow.train.decisions import Decisions, decide, torch_threads
 from marrow.train.meter import FILE_NAME as METRICS_FILE
@@ -85,7 +91,7 @@ def train(
                 run.checkpoint()
                 raise Interrupted(f"stopped after step {run.step} of {recipe.steps}; it is kept")
             run.checkpoint_if_due()
-        with span("checkpoint"), explain_os_errors("write the trained model", out):
+        with span("checkpoint"), explain_write_errors("write the trained model", out):
             run.publish(out)
         return run.facts()
 
@@ -211,7 +217,8 @@ class Run:
         figures = self.meter.read()
         figures |= {"lr": self.recipe.lr * factor, "gradient_norm": norm}
         self.last_figures = figures
-        self.metrics.write(self.step, figures)
+        with explain_os_errors("write the metrics", self.work):
+            self.metrics.write(self.step, figures)
         self.log(self.step, figures)
         shown = {
             "loss": f"{figures['loss']:.3f}",
@@ -268,7 +275,7 @@ class Run:
 
     def _snapshot(self) -> None:
         path = self.work / "snapshots" / f"step-{self.step:06d}.safetensors"
-        with span("checkpoint"), explain_os_errors("write a snapshot", path):
+        with span("checkpoint"), explain_write_errors("write a snapshot", path):
             path.parent.mkdir(exist_ok=True)
             temporary = temporary_beside(path)
             huggingface.save_weights(temporary, self.decoder)
