@@ -39,7 +39,17 @@ def install(name: str) -> None:
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet"]
     else:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", folder]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--upgrade",
+            "--target",
+            folder,
+        ]
     subprocess.run([*pip, "-r", wanted], check=True)
     ready.write_text(wanted.read_text())
 

@@ -197,8 +197,8 @@ def test_a_small_text_gives_a_smaller_vocabulary_that_still_works() -> None:
 
 def test_an_indentation_is_one_token_and_words_are_shared_between_depths(tokenizer: Tokenizer) -> None:
     shallow, deep = (tokenizer.encode(f"\n{blanks}return self\n") for blanks in (" " * 4, " " * 8))
-    assert len(shallow) == len(deep) == 4  # line end and blanks, " return", " self", line end
-    assert shallow[1:] == deep[1:]
+    assert len(shallow) == len(deep) == 5  # line end, blanks, " return", " self", line end
+    assert shallow[2:] == deep[2:]
 
 
 def test_no_text_and_a_tiny_vocabulary_are_refused() -> None:

@@ -22,6 +22,7 @@ from marrow.cli.story import tell
 from marrow.core.config import Recipe
 from marrow.core.progress import Progress
 from marrow.core.records import Artifact, Parent
+from marrow.core.span import span
 from marrow.data.config import PYTHON, DataRecipe, settings_of
 from marrow.data.shards_config import ShardsRecipe
 from marrow.data.sources import fingerprint
@@ -249,7 +250,7 @@ class Pipeline:
                 config=config,
                 sources=source_files(module),
                 environment=environment or {},
-                build=lambda work: build(importlib.import_module(module), work, progress),
+                build=lambda work: build(load(module), work, progress),
             )
             result = run_step(self.store, step, say=console.say, recipe_hash=self.recipe.hash)
         self.log.flush()
@@ -258,3 +259,9 @@ class Pipeline:
         self.results[kind] = result
         self.finished(kind, result)
         return result.artifact
+
+
+def load(module: str) -> Any:
+    """Import a step's layer, torch with it where it is needed; time that the ledger names."""
+    with span("load code"):
+        return importlib.import_module(module)

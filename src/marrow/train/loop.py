@@ -79,7 +79,8 @@ def train(
     """
     raise_malloc_thresholds()
     model = check_inputs(model, shards_folder, tokenizer_folder)
-    decisions = decide(recipe, identity(recipe, model, shards_folder), work, resume=resume)
+    with span("start"):
+        decisions = decide(recipe, identity(recipe, model, shards_folder), work, resume=resume)
     with ExitStack() as stack:
         stack.enter_context(torch_threads(decisions.threads))
         stop = stack.enter_context(StopRequest())
