@@ -10,7 +10,7 @@ run: setup
 	$(BIN)/marrow run recipes/quickstart.toml
 
 test: check
-	$(BIN)/pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n 2 --dist loadfile
 
 check: lint fast
 
@@ -21,7 +21,7 @@ lint: setup-test
 	$(BIN)/lint-imports
 
 fast: setup-test
-	$(BIN)/pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2
 
 bench: setup-test
 	$(BIN)/python bench/all.py

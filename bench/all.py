@@ -16,6 +16,7 @@ IN_PROCESS = {"train_step"}  # the rest find their peers among the test dependen
 
 
 def main() -> None:
+    """Run those named on the command line, or all."""
     names = sys.argv[1:] or sorted(path.stem for path in HERE.glob("*.py") if path.stem != "all")
     failed = [name for name in names if not run(name)]
     if failed:

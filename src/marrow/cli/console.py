@@ -5,14 +5,15 @@ Everything goes to stderr, so that stdout stays data. rich is imported only for 
 
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from marrow.core.progress import Progress
 
 LINE_EVERY_S = 10.0
 DRAW_EVERY_S = 0.1
+RATE_WINDOW_S = 15.0
 
 
 def say(text: str) -> None:
@@ -35,7 +36,7 @@ class _Lines:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.rate = _Rate()
+        self.rate = Rate()
         self.next_line_s = time.monotonic() + LINE_EVERY_S
 
     def __call__(
@@ -55,7 +56,7 @@ def _bar(name: str) -> Iterator[Progress]:
     from rich.progress import BarColumn, SpinnerColumn, TextColumn
     from rich.progress import Progress as Bars
 
-    rate = _Rate()
+    rate = Rate()
     bars = Bars(
         SpinnerColumn(),
         TextColumn("{task.description:<11}"),
@@ -83,23 +84,29 @@ def _bar(name: str) -> Iterator[Progress]:
         yield draw
 
 
-class _Rate:
-    """Units per second since the step began to move, from where it began (a resumed step is not faster)."""
+class Rate:
+    """Units per second over the last 15 seconds; what a resumed step had done before does not count."""
 
     def __init__(self) -> None:
-        self.first: tuple[float, float] | None = None
+        self._seen: deque[tuple[float, float]] = deque()
         self.per_s = 0.0
 
-    def update(self, done: float) -> None:
-        now = time.monotonic()
-        if self.first is None or done < self.first[1]:
-            self.first = (now, done)
-        elif now > self.first[0]:
-            self.per_s = (done - self.first[1]) / (now - self.first[0])
+    def update(self, done: float, now: float | None = None) -> None:
+        """Note how far the work is. now: seconds on a monotonic clock, by default this machine's."""
+        now = time.monotonic() if now is None else now
+        if self._seen and done < self._seen[-1][1]:
+            self._seen.clear()
+        if self._seen and done == self._seen[0][1]:
+            self._seen.clear()  # nothing moved yet: other work is being done first
+        self._seen.append((now, done))
+        while len(self._seen) > 2 and now - self._seen[1][0] > RATE_WINDOW_S:
+            self._seen.popleft()
+        (first_s, first), (last_s, last) = self._seen[0], self._seen[-1]
+        self.per_s = (last - first) / (last_s - first_s) if last_s > first_s else 0.0
 
 
 def describe(
-    done: float, total: float | None, unit: str, rate: Any, figures: Mapping[str, str] | None
+    done: float, total: float | None, unit: str, rate: Rate, figures: Mapping[str, str] | None
 ) -> str:
     """Write progress in words: "1,200/2,400 steps  50%  8.1 steps/s  eta 2m28s  loss 2.31"."""
     parts = [f"{done:,.0f}/{total:,.0f} {unit}" if total else f"{done:,.0f} {unit}"]
