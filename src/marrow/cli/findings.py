@@ -35,15 +35,14 @@ def find(
     recipe: ReportRecipe,
     serve: ServeRecipe,
     evaluate: EvaluateRecipe,
-    is_python: bool,
     folders: Mapping[str, Path],
     out: Path,
     progress: Progress,
 ) -> dict[str, Any]:
     """Complete the prompts at three ages of the model, judge and trace what it wrote.
 
-    Args: is_python: whether completions are judged as Python. folders: "model" (Hugging Face),
-        "checkpoint" (with snapshots), "tokenizer", "split".
+    Args: recipe: resolved by `for_source`. folders: "model" (Hugging Face), "checkpoint" (with
+        snapshots), "tokenizer", "split".
     Returns: {"samples", "parse_rates", "nearest"}, also in out/findings.json.
     """
     raise_malloc_thresholds()
@@ -58,11 +57,11 @@ def find(
         with span("complete"):
             after = engine.generate(prompts, sampling)
         rates = {}
-        if is_python:
+        if recipe.python:
             with span("judge"):
                 judged, _ = share_of_python(engine, prompts, sampling, samples=recipe.samples)
                 rates["model"] = judged.share
-    if is_python:
+    if recipe.python:
         with span("5-gram"):
             model = NgramGenerator(train_ngram(evaluate, tokenizer, folders["split"]), tokenizer)
             judged, _ = share_of_python(model, prompts, sampling, samples=recipe.samples)
@@ -97,7 +96,7 @@ def prompts_of(recipe: ReportRecipe, split: Path) -> list[str]:
         found += [beginning(text) for text in batch.column("text").to_pylist()]
         if len(found) >= NUM_PROMPTS:
             break
-    return [text for text in found if text][:NUM_PROMPTS]
+    return [text for text in found if text][:NUM_PROMPTS] or [""]  # texts of a letter or two
 
 
 def beginning(text: str) -> str:

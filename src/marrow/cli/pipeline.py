@@ -191,7 +191,7 @@ class Pipeline:
     def serve(self, model: Artifact, split: Artifact) -> Artifact:
         """Start a real server on the model, load it over HTTP, drain it, stop it."""
         serve, load = self.recipe.section(ServeRecipe), self.recipe.section(LoadRecipe)
-        report = self.recipe.section(ReportRecipe)
+        report = self.recipe.section(ReportRecipe).for_source(self.recipe.section(DataRecipe).source)
 
         def build(trial: Any, work: Workspace, progress: Progress) -> Mapping[str, Any]:
             from marrow.cli.findings import prompts_of  # loads torch
@@ -213,12 +213,11 @@ class Pipeline:
 
     def report(self, parents: Mapping[str, Artifact]) -> Artifact:
         """Ask the model before, midway and after training; write the page."""
-        recipe, data = self.recipe.section(ReportRecipe), self.recipe.section(DataRecipe)
+        recipe = self.recipe.section(ReportRecipe).for_source(self.recipe.section(DataRecipe).source)
         serve, evaluate = self.recipe.section(ServeRecipe), self.recipe.section(EvaluateRecipe)
-        is_python = data.source == PYTHON if recipe.python is None else recipe.python
 
         def build(findings: Any, work: Workspace, progress: Progress) -> Mapping[str, Any]:
-            found = findings.find(recipe, serve, evaluate, is_python, work.inputs, work.out, progress)
+            found = findings.find(recipe, serve, evaluate, work.inputs, work.out, progress)
             write_report(tell(self.recipe, self.store, self.results, found), work.out / REPORT)
             return {"samples": len(found["samples"]), "parse_rates": found["parse_rates"]}
 
@@ -226,7 +225,7 @@ class Pipeline:
             "report",
             module="marrow.cli.findings",
             parents=parents,
-            config=[recipe, is_python, self.recipe.hash],
+            config=[recipe, self.recipe.hash],
             build=build,
         )
 

@@ -1,12 +1,12 @@
 """The tables of a recipe, and who consumes each. Importing this loads no torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 from marrow.core.config import Range, Recipe, load_recipe
-from marrow.data.config import DataRecipe
+from marrow.data.config import PYTHON, DataRecipe
 from marrow.data.shards_config import ShardsRecipe
 from marrow.models.config import ModelConfig
 from marrow.serve.config import ServeRecipe
@@ -24,11 +24,21 @@ class LoadRecipe:
     max_tokens: Annotated[int, Range(1)] = 48
 
 
+PYTHON_PROMPTS = (
+    "def read(self",
+    'class Queue:\n    """',
+    "import os\nimport sys\n\n",
+    "    for name in sorted(",
+    "def test_",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class ReportRecipe:
     """[report]: what the report asks the model.
 
-    `prompts` empty: beginnings of held-out documents are taken. `samples`: completions of each
+    `prompts` empty: for the interpreter's own documentation five beginnings of Python, for other
+    data the beginnings of held-out documents. `samples`: completions of each
     prompt that are judged. `python`: count the completions that parse as Python, beside the
     5-gram's; None: if the data is the interpreter's own.
     """
@@ -38,6 +48,15 @@ class ReportRecipe:
     temperature: Annotated[float, Range(0, 2)] = 0.6
     samples: Annotated[int, Range(1)] = 8
     python: bool | None = None
+
+    def for_source(self, source: str) -> "ReportRecipe":
+        """Return the recipe with what depends on `data.source` filled in; `python` is then a bool."""
+        is_python = source == PYTHON
+        return replace(
+            self,
+            prompts=self.prompts or (PYTHON_PROMPTS if is_python else ()),
+            python=is_python if self.python is None else self.python,
+        )
 
 
 SCHEMA: dict[str, type] = {

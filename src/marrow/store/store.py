@@ -1,9 +1,10 @@
 """The store: artifacts in a folder, every byte of them verified before it is read.
 
-    <home>/blobs/ab/cd/...      content, by SHA-256
-    <home>/views/<id>/...       an artifact as a folder of relative symlinks to its blobs
-    <home>/work/<key>/          what an unfinished step keeps between attempts
-    <home>/staging/, locks/, damaged/, catalog.sqlite
+    home
+    |- blobs/ab/cd/...      content, by SHA-256
+    |- views/<id>/...       an artifact as a folder of relative symlinks to its blobs
+    |- work/<key>/          what an unfinished step keeps between attempts
+    `- staging/, locks/, damaged/, catalog.sqlite
 
 Publishing moves a folder's files to blobs, then adds artifact, files and edges in one
 transaction. Killed before it, the catalog knows nothing and the blobs are garbage that `collect`
