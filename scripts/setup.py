@@ -36,33 +36,40 @@ def main():
             "make run PYTHON=python3.12   (or wherever a newer one is)",
         )
     wanted = state()
-    have, ready = read_stamp()
+    have, ready, place = read_stamp()
     if have == wanted and set(extras) <= ready:
         return
     check_machine()
+    if place not in ("", here()):  # scripts in .venv name the folder and the Python they were made for
+        shutil.rmtree(VENV, ignore_errors=True)
     fresh = have is not None and have != wanted
     build(sorted(set(extras) | (ready if not fresh else set())), wanted)
 
 
 def state():
     """Return a hash of all that decides what is installed."""
-    digest = hashlib.sha256((ROOT + sys.version).encode())
+    digest = hashlib.sha256(here().encode())
     for name in ("pyproject.toml", "constraints.txt"):
         with open(os.path.join(ROOT, name), "rb") as file:
             digest.update(file.read())
     return digest.hexdigest()
 
 
+def here():
+    """Return a hash of what an environment cannot be carried between: folders, and Pythons."""
+    return hashlib.sha256((ROOT + sys.version).encode()).hexdigest()
+
+
 def read_stamp():
-    """Return what the last finished set-up installed: its state and its extras."""
+    """Return what the last finished set-up installed: its state, its extras, and where."""
     try:
         with open(STAMP) as file:
             lines = file.read().split("\n")
     except OSError:
-        return None, set()
+        return None, set(), ""
     if not os.path.exists(os.path.join(VENV, "bin", "python")):
-        return None, set()
-    return lines[0], set(lines[1].split())
+        return None, set(), ""
+    return lines[0], set(lines[1].split()), lines[2]
 
 
 def check_machine():
@@ -117,7 +124,7 @@ def build(extras, wanted):
     group = f"[{','.join(extras)}]" if extras else ""
     run([*pip, "--no-build-isolation", "--editable", ROOT + group], "pip could not install Marrow", hint)
     with open(STAMP, "w") as file:
-        file.write(wanted + "\n" + " ".join(extras) + "\n")
+        file.write("\n".join([wanted, " ".join(extras), here(), ""]))
 
 
 def run(command, what, hint):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from marrow_process import Marrow, write_csv
+from marrow_process import Marrow, command, environment, write_csv
 
 from marrow.store.store import Store
 
@@ -108,6 +108,44 @@ def test_a_full_disk_is_an_error_and_leaves_only_whole_artifacts(
             assert not store.verify(artifact)
 
 
-def test_a_store_that_cannot_be_written_is_an_error(marrow: Marrow, tiny: Path, small_disk: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    refused(marrow("run", tiny, home=small_disk / "home"), 1, "no permission", "MARROW_HOME")
+def test_a_store_that_cannot_be_written_is_an_error(
+    marrow: Marrow, tiny: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if os.getuid():
+        folder = tmp_path / "locked"
+        folder.mkdir(mode=0o500)
+    else:  # root may write anywhere but on a file system that is mounted read-only
+        folder = request.getfixturevalue("small_disk")
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+    refused(marrow("run", tiny, home=folder / "home"), 1, "no permission", "MARROW_HOME")
+
+
+@pytest.mark.parametrize("verb", ["lineage", "why", "complete", "chat", "serve"])
+def test_verbs_that_read_make_no_store(verb: str, marrow: Marrow, tmp_path: Path) -> None:
+    refused(marrow(verb, "quickstart"), 1, "no store", "run a recipe first")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_goes_away_is_no_failure(finished: Path) -> None:
+    shell = f"set -o pipefail; {' '.join(command('lineage', 'tiny', '--json'))} | true"
+    done = subprocess.run(
+        ["bash", "-c", shell], capture_output=True, text=True, env=environment(finished), check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_context_longer_than_the_model_is_refused_before_any_step(marrow: Marrow, tiny: Path) -> None:
+    refused(marrow("run", tiny, "--set", "shards.context=128"), 2, "max_positions = 64", "tiny.toml:")
+
+
+def test_a_prompt_that_is_not_utf8_is_refused(finished: Path) -> None:
+    done = subprocess.run(
+        command("complete", "tiny"),
+        input=b"\xff\xfe\xfa",
+        capture_output=True,
+        env=environment(finished),
+        check=False,
+    )
+    assert done.returncode == 2
+    assert b"not UTF-8" in done.stderr
+    assert b"Traceback" not in done.stderr

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from marrow.cli.main import VERBS, cli, run
+from marrow.store.store import Store
 
 HELP = [sys.executable, "-m", "marrow", "--help"]
 
@@ -68,6 +69,7 @@ def test_an_unknown_target_is_an_error_with_a_hint(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
     monkeypatch.setenv("MARROW_HOME", f"{tmp_path}/home")
+    Store.open().close()
     assert run(["lineage", "nothing-here"]) == 1
     told = capsys.readouterr().err
     assert "nothing-here" in told

@@ -113,10 +113,12 @@ def test_two_runs_at_once_both_finish_and_agree(
 CHANGES = {  # a setting that makes the step, and what follows, run anew
     "ingest": "data.row_group_bytes=4MiB",
     "clean": "data.dedup.similarity=0.7",
+    "split": "data.split.seed=5",
     "tokenizer": "tokenizer.min_frequency=3",
     "shards": "shards.max_padding=0.5",
     "train": "train.steps=40",
     "evaluate": "evaluate.stride=16",
+    "export": "train.steps=13",
     "serve": "load.max_tokens=9",
     "report": "report.max_tokens=17",
 }

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from marrow.cli import console
+from marrow.core.errors import ServeError
 
 
 @click.group("bench")
@@ -39,6 +40,11 @@ def serve(
     load = Load(prompts or ("def read(self",), requests, concurrency, rate, max_tokens, model)
     with console.progress_of("bench") as progress:
         measured, _ = drive(url, load, progress)
+    if measured["failed"] == measured["requests"]:
+        raise ServeError(
+            f"all {measured['requests']} requests to {url} failed: {next(iter(measured['errors']))}",
+            hint="is it a server of the OpenAI API, and does it serve that model?",
+        )
     if as_json:
         click.echo(json.dumps(measured, indent=2))
         return

@@ -5,12 +5,14 @@ import click
 from marrow.cli.target import find_model
 from marrow.core.errors import ModelError
 
+MAX_TOKENS = 512
+
 
 @click.command("chat")
 @click.argument("target")
-@click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(1), help="[default: 512, or what the context holds]")
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.7, show_default=True)
-def command(target: str, max_tokens: int, temperature: float) -> None:
+def command(target: str, max_tokens: int | None, temperature: float) -> None:
     """Chat with TARGET (a name, or a model folder that brings a chat template)."""
     from marrow.text.chat import ChatTemplate
 
@@ -34,7 +36,8 @@ def command(target: str, max_tokens: int, temperature: float) -> None:
             messages.append({"role": "user", "content": text})
             prompt = template.encode(messages, engine.tokenizer)
             answer = []
-            sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
+            room = max_tokens or max(1, min(MAX_TOKENS, engine.max_tokens(len(prompt))))
+            sampling = Sampling(max_tokens=room, temperature=temperature)
             for delta in engine.submit(Request(tuple(prompt), sampling)):
                 if delta.error is not None:
                     raise delta.error

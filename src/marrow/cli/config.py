@@ -1,6 +1,7 @@
 """`marrow config show`: a recipe resolved, each value with its origin."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,20 @@ def lines(recipe: Recipe) -> list[str]:
     out = [f"# {recipe.path}, hash {recipe.hash[:12]}"]
     for table in SCHEMA:
         out += ["", f"[{table}]"]
-        for name, value in values[table].items():
-            written = f"{name} = {toml(value)}"
-            if value is None:
-                written = f"# {written}"
-            out.append(f"{written:<44} # {recipe.origins.get(f'{table}.{name}', '')}")
+        out += table_lines(recipe, table, "", values[table])
+    return out
+
+
+def table_lines(recipe: Recipe, table: str, prefix: str, values: Mapping[str, Any]) -> list[str]:
+    """Write the values of a table; those of a table within it under dotted keys."""
+    out: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            out += table_lines(recipe, table, f"{prefix}{name}.", value)
+            continue
+        written = f"{prefix}{name} = {toml(value)}"
+        comment = "# " if value is None else ""  # TOML has no way to write it
+        out.append(f"{comment + written:<44} # {recipe.origins[f'{table}.{prefix}{name}']}")
     return out
 
 
@@ -51,6 +61,4 @@ def toml(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, list):
         return "[" + ", ".join(toml(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + " }"
     return "unset" if value is None else json.dumps(value, ensure_ascii=False)

@@ -80,7 +80,9 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        cli.main(arguments, prog_name="marrow", standalone_mode=False)
+        # Not cli.main(): it would end the process itself when the reader of stdout has gone.
+        with cli.make_context("marrow", list(arguments)) as context:
+            cli.invoke(context)
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:

@@ -206,6 +206,8 @@ class Pipeline:
         return self.step(
             "serve",
             module="marrow.cli.trial",
+            also="marrow.cli.serve",  # what the child process runs
+            environment={"torch": version("torch")},
             parents={"model": model, "split": split},
             config=[serve, load, report.prompts],
             build=build,
@@ -238,8 +240,12 @@ class Pipeline:
         build: Build,
         parents: Mapping[str, Artifact] | None = None,
         environment: Mapping[str, str] | None = None,
+        also: str | None = None,
     ) -> Artifact:
-        """Run one step, or take its artifact from the store; tell the catalog and the caller."""
+        """Run one step, or take its artifact from the store; tell the catalog and the caller.
+
+        Args: module: where its function is. also: another module whose code it runs.
+        """
         position = len(self.results)
         self.store.runs.record(self.run_id, position, RunStep(kind, "running"))
         with console.progress_of(kind) as progress:
@@ -247,7 +253,7 @@ class Pipeline:
                 kind=kind,
                 parents=[Parent(role, artifact.id) for role, artifact in (parents or {}).items()],
                 config=config,
-                sources=source_files(module),
+                sources=source_files(*filter(None, (module, also))),
                 environment=environment or {},
                 build=lambda work: build(load(module), work, progress),
             )

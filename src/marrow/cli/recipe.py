@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from marrow.core.config import Range, Recipe, load_recipe
+from marrow.core.errors import RecipeError
 from marrow.data.config import PYTHON, DataRecipe
 from marrow.data.shards_config import ShardsRecipe
 from marrow.models.config import ModelConfig
@@ -74,4 +75,13 @@ SCHEMA: dict[str, type] = {
 
 def read_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
     """Read a recipe with every table known to Marrow. Raises: RecipeError."""
-    return load_recipe(path, SCHEMA, overrides)
+    recipe = load_recipe(path, SCHEMA, overrides)
+    context, room = recipe.section(ShardsRecipe).context, recipe.section(ModelConfig).max_positions
+    if context > room:
+        places = {str(recipe.origins[key]) for key in ("shards.context", "model.max_positions")}
+        raise RecipeError(
+            f"{', '.join(sorted(places))}: shards.context = {context} is more than "
+            f"model.max_positions = {room}",
+            hint=f"set model.max_positions = {context}",
+        )
+    return recipe

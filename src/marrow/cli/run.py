@@ -55,3 +55,6 @@ def finished(kind: str, result: StepResult) -> None:
     """Say that a step is done."""
     what = {"built": "done in", "cached": "cached, verified in", "rebuilt": "rebuilt in"}[result.status]
     console.say(f"{kind:<11} {what} {console.duration(result.wall_s)}")
+    if broken := result.artifact.facts.get("broken_rows"):
+        place = f"quarantine.jsonl of {result.artifact.id[:12]}"
+        console.say(f"{'':<11} {broken:,} broken rows were set aside with their line numbers: {place}")

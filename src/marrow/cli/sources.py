@@ -1,8 +1,8 @@
 """Which source files a step depends on: the modules it imports, and what those import.
 
 A cached step is right only as long as the code that made it is the same code. The closure of
-imports says which code that is, without anyone keeping a list. `marrow.core` is left out: it
-carries results and talks about them, but makes none.
+imports says which code that is, without anyone keeping a list. `marrow.core` is left out, since it
+carries results and talks about them but makes none; all but its pages, which are what a report is.
 """
 
 import ast
@@ -12,6 +12,7 @@ from pathlib import Path
 import marrow
 
 PACKAGE = Path(marrow.__file__).parent
+PAGES = {"marrow.core.page", "marrow.core.charts", "marrow.core.graph"}
 
 
 def source_files(*modules: str) -> tuple[Path, ...]:
@@ -45,9 +46,11 @@ def imports_of(module: str) -> tuple[str, ...]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return tuple(
-        sorted(n for n in names if n.startswith("marrow.") and not n.startswith("marrow.core") and file_of(n))
-    )
+    return tuple(sorted(name for name in names if _counts(name) and file_of(name)))
+
+
+def _counts(name: str) -> bool:
+    return name in PAGES or (name.startswith("marrow.") and not name.startswith("marrow.core"))
 
 
 def file_of(module: str) -> Path | None:

@@ -156,7 +156,8 @@ def _artifact_line(node: Mapping[str, Any]) -> str:
     names = ", ".join(node.get("names", ()))
     seen = "(unfolded above)" if node.get("seen") else ""
     volume = size(node["num_bytes"]) if node.get("num_bytes") and not seen else ""
-    return visible("  ".join(part for part in (kind, node["id"][:12], names, volume, seen) if part))
+    part = "" if seen else ", ".join(f"{key} {value}" for key, value in (node.get("detail") or {}).items())
+    return visible("  ".join(text for text in (kind, node["id"][:12], names, volume, part, seen) if text))
 
 
 def _largest_first(item: tuple[str, Mapping[str, Any]]) -> tuple[bool, float, str]:

@@ -29,9 +29,9 @@ def find_model(target: str) -> ModelTarget:
             raise ModelError(f"{path} has no config.json", hint="give a Hugging Face model folder")
         return ModelTarget(path, path.resolve().name)
     with find_artifact(target) as (store, artifact):
-        if not any(file.name == "tokenizer.json" for file in artifact.files):
+        if not {file.name for file in artifact.files} >= {"config.json", "tokenizer.json"}:
             raise ModelError(
-                f"{target} is a {artifact.kind} artifact, not an exported model",
+                f"{target} is an artifact of kind {artifact.kind}, not an exported model",
                 hint="give the name of a run, such as quickstart, or the id of an export",
             )
         return ModelTarget(store.view(artifact), target.partition("@")[0])
@@ -40,5 +40,5 @@ def find_model(target: str) -> ModelTarget:
 @contextmanager
 def find_artifact(target: str) -> Iterator[tuple[Store, Artifact]]:
     """Open the store and find an artifact in it. Raises: ArtifactNotFound."""
-    with Store.open() as store:
+    with Store.open(create=False) as store:
         yield store, store.resolve(target)

@@ -40,8 +40,10 @@ def try_server(
     """Serve a model folder, send it concurrent streaming requests, check the answers, stop it.
 
     Args: prompts: taken in turn; every second request of one prompt is greedy.
-    Returns: facts: rates and latencies as the clients felt them, and how the server ended.
-    Raises: ServeError if it does not start, or an answer is missing, broken or wrong.
+    Returns: facts: rates and latencies as the clients felt them; `greedy_agreement`: the share of
+        prompts whose greedy completion, asked for twice among other requests, was the same (in bf16
+        the batch around a request may change a token).
+    Raises: ServeError if it does not start, an answer is missing or broken, or it ends badly.
     """
     with span("start the server"), running_server(folder, name, serve) as server:
         wanted = Load(
@@ -65,9 +67,12 @@ def try_server(
             f"{broken[0].error or 'the stream ended early'}",
             hint="run `marrow serve` on the model and look at its log",
         )
+    if measured["exit_status"] != 0:
+        raise ServeError(f"the server ended with status {measured['exit_status']} instead of draining")
     half = len(greedy) // 2
     texts = [answer.text for answer in sorted(greedy, key=lambda answer: answer.number)]
-    measured["greedy_repeats_agree"] = texts[:half] == texts[half:]
+    same = sum(first == second for first, second in zip(texts[:half], texts[half:], strict=True))
+    measured["greedy_agreement"] = same / half
     measured["concurrency"] = load.concurrency
     with atomic_file(out / "serving.json", "w") as file:
         json.dump(measured | {"answers": [asdict(answer) for answer in answers[:8]]}, file, indent=2)

@@ -21,7 +21,7 @@ SMALL_SHARE = 0.03  # a step with less of the time is named in the overview only
 @click.option("--json", "as_json", is_flag=True, help="Print the ledgers as JSON.")
 def command(target: str, show_all: bool, as_json: bool) -> None:
     """Show where the time went in TARGET: the last run of a recipe, or what made an artifact."""
-    with Store.open() as store:
+    with Store.open(create=False) as store:
         artifacts = artifacts_of(store, target)
     ledgers = [
         artifact.facts[COST]["ledger"] | {"cpu_s": artifact.facts[COST]["cpu_s"]} for artifact in artifacts
@@ -32,6 +32,9 @@ def command(target: str, show_all: bool, as_json: bool) -> None:
         click.echo(json.dumps(found, indent=2))
         return
     click.echo(ledger_table(whole), nl=False)
+    largest = max(ledgers, key=lambda ledger: ledger["wall_s"])
+    if inner := bottleneck(largest):
+        click.echo(f"in {largest['name']}: {inner.part}, {inner.share:.0%} of its time: {inner.advice}")
     for ledger in ledgers:
         if show_all or ledger["wall_s"] >= SMALL_SHARE * whole["wall_s"]:
             click.echo()
@@ -54,11 +57,16 @@ def artifacts_of(store: Store, target: str) -> list[Artifact]:
 
 def overview(name: str, ledgers: list[dict[str, Any]]) -> dict[str, Any]:
     """Add ledgers up to one whose parts are the steps."""
+    parts: dict[str, dict[str, Any]] = {}
+    for ledger in ledgers:  # a lineage may hold several artifacts of one kind
+        part = parts.setdefault(ledger["name"], {"seconds": 0.0, "count": 0})
+        part["seconds"] += ledger["wall_s"]
+        part["count"] += 1
     return {
         "name": name,
         "wall_s": sum(ledger["wall_s"] for ledger in ledgers),
         "cpu_s": sum(ledger["cpu_s"] for ledger in ledgers),
-        "parts": {ledger["name"]: {"seconds": ledger["wall_s"], "count": 1} for ledger in ledgers},
+        "parts": parts,
         "overlapped": {},
     }
 

@@ -179,7 +179,7 @@ def _build(
     hints = get_type_hints(kind, include_extras=True)
     known = {f.name: f for f in fields(kind)}
     given: dict[str, Any] = {}
-    places: list[Origin] = []
+    places: dict[str, Origin] = {}
     for key, (_, origin) in written.items():
         if key.startswith(f"{prefix}."):
             name = key[len(prefix) + 1 :].split(".")[0]
@@ -196,7 +196,7 @@ def _build(
             value, origin = written[key]
             given[name] = _convert(value, hints[name], key, origin)
             origins[key] = origin
-            places.append(origin)
+            places[name] = origin
         elif field_.default is MISSING and field_.default_factory is MISSING:
             place = written.get(prefix, written[prefix.split(".")[0]])[1]
             raise RecipeError(f"{place}: [{prefix}] needs {name}", hint=f"add {name} = ... to [{prefix}]")
@@ -205,8 +205,10 @@ def _build(
     try:
         return kind(**given)
     except ValueError as error:  # from __post_init__: values that do not fit together
-        where = ", ".join(dict.fromkeys(str(place) for place in places)) or "defaults"
-        raise RecipeError(f"{where}: [{prefix}] {error}") from None
+        named = [place for name, place in places.items() if name in str(error)] or list(places.values())
+        where = ", ".join(dict.fromkeys(str(place) for place in named[:3])) or "defaults"
+        hint = "`marrow config show` prints every value of the recipe and where it came from"
+        raise RecipeError(f"{where}: [{prefix}] {error}", hint=hint) from None
 
 
 def _places(name: str, schema: Mapping[str, type]) -> list[str]:

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from marrow.data.tables import plain_type
 
 NULLS = pa.array(["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "#N/A"])
+MAX_DEPTH = 16  # of nested values; readers of Parquet refuse schemas that are much deeper
 _LADDERS = (
     (pa.int64(), pa.float64()),
     (pa.date32(), pa.timestamp("us")),
@@ -29,7 +30,7 @@ _ODD_INTEGER = r"^(?:-?0\d|\+|\s|-0$)|\s$"
 
 
 class SchemaGrewError(Exception):
-    """A value does not fit the type that the column was taken to have."""
+    """A value does not fit the type that its column, the argument, was taken to have."""
 
 
 def infer_text(column: pa.Array) -> pa.DataType:
@@ -52,6 +53,8 @@ def join_types(one: pa.DataType, other: pa.DataType) -> pa.DataType:
         return other
     if pa.types.is_boolean(one) or pa.types.is_boolean(other):
         return pa.string()
+    if {pa.types.is_decimal(kind) or 2 * pa.types.is_floating(kind) for kind in (one, other)} == {1, 2}:
+        return pa.string()  # a double would lose digits of the decimal
     try:
         joined = pa.unify_schemas(
             [pa.schema([("c", one)]), pa.schema([("c", other)])], promote_options="permissive"
@@ -81,10 +84,12 @@ def fit(batch: pa.RecordBatch, schema: pa.Schema, *, is_text: bool) -> pa.Record
     for field in schema:
         if field.name not in batch.schema.names:
             columns.append(pa.nulls(batch.num_rows, field.type))
-        elif is_text:
-            columns.append(_parse(batch.column(field.name), field.type))
-        else:
-            columns.append(_convert(batch.column(field.name), field.type))
+            continue
+        change = _parse if is_text else _convert
+        try:
+            columns.append(change(batch.column(field.name), field.type))
+        except SchemaGrewError:
+            raise SchemaGrewError(field.name) from None
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
@@ -92,18 +97,18 @@ def column_of(values: list[Any]) -> pa.Array:
     """Make a column of Python values; of mixed kinds or without a form in Parquet, one of text."""
     try:
         column = pa.array(values)
-        if not _has_empty_struct(column.type):
+        if _has_form(column.type):
             return column
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
+    except (RecursionError, pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
         pass  # of mixed kinds
     return pa.array([_to_text(value) for value in values], pa.string())
 
 
-def _has_empty_struct(kind: pa.DataType) -> bool:
-    """Tell whether a type has a struct without fields, for which Parquet has no form."""
-    if pa.types.is_struct(kind) and not kind.num_fields:
-        return True
-    return any(_has_empty_struct(kind.field(i).type) for i in range(kind.num_fields))
+def _has_form(kind: pa.DataType, depth: int = 0) -> bool:
+    """Tell whether Parquet has a form for a type: none for a struct without fields, or too deep a nesting."""
+    if depth > MAX_DEPTH or (pa.types.is_struct(kind) and not kind.num_fields):
+        return False
+    return all(_has_form(kind.field(i).type, depth + 1) for i in range(kind.num_fields))
 
 
 def _filled(column: pa.Array) -> pa.Array:
@@ -143,7 +148,7 @@ def _parse(column: pa.Array, kind: pa.DataType) -> pa.Array:
 def _convert(column: pa.Array, kind: pa.DataType) -> pa.Array:
     if column.type == kind:
         return column
-    if join_types(plain_type(column.type), kind) != kind:
+    if not pa.types.is_string(kind) and join_types(plain_type(column.type), kind) != kind:
         raise SchemaGrewError
     try:
         return column.cast(kind) if not _loses(column.type, kind) else _texts(column)

@@ -168,7 +168,7 @@ class _FastReader:
         """
         while self._invalid and count != 0:
             _, text = self._invalid[0]
-            if "\n" in text.rstrip("\r\n"):
+            if {"\n", "\r"} & set(text.rstrip("\r\n")):
                 self.resume_line = self._line
                 return False
             self._invalid.pop(0)
@@ -187,7 +187,7 @@ class _FastReader:
         if self._needs_header and filled_N.any():
             filled_N[int(np.argmax(filled_N))] = False
             self._needs_header = False
-        for index in not_utf8(batch.columns):
+        for index in _not_utf8(batch.columns):
             if filled_N[index]:
                 filled_N[index] = False
                 text = self.dialect.delimiter.encode().join(column[index].as_py() for column in batch.columns)
@@ -222,7 +222,7 @@ class _Tail:
 
 
 def _newlines(batch: pa.RecordBatch) -> I64:
-    """Count the newlines inside each record.
+    """Count the newlines inside each record: LF, CR LF, or CR alone, as both parsers end lines.
 
     PERF: 0.5 ns a byte; pyarrow's count_substring takes 2, as much as parsing.
     """
@@ -232,13 +232,17 @@ def _newlines(batch: pa.RecordBatch) -> I64:
         data = column.buffers()[2]
         if data is not None and batch.num_rows:
             used = np.frombuffer(data, np.uint8)[offsets_N1[0] : offsets_N1[-1]]
-            places = np.flatnonzero(used == ord("\n"))
+            ends = used == ord("\n")
+            if (returns := used == ord("\r")).any():
+                returns[:-1] &= ~ends[1:]
+                ends |= returns
+            places = np.flatnonzero(ends)
             if len(places):
                 total_N += np.diff(np.searchsorted(places, offsets_N1 - offsets_N1[0]))
     return total_N
 
 
-def not_utf8(columns: Sequence[pa.Array]) -> list[int]:
+def _not_utf8(columns: Sequence[pa.Array]) -> list[int]:
     """Return the rows in which a value of some binary columns is no UTF-8."""
     bad: set[int] = set()
     for column in columns:

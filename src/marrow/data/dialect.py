@@ -8,10 +8,11 @@ backslash. The first record that is not blank is the header.
 import csv
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO
 
+from marrow.core.errors import SourceError
 from marrow.data.sources import SourceFile
 
 DELIMITERS = ",;\t|"
@@ -27,10 +28,10 @@ class Dialect:
     escape: str | None
     names: tuple[str, ...] = ()
 
-    def records(self, text: str, *, strict: bool = False) -> Iterator[list[str]]:
-        """Parse text with the standard library; strict refuses a quote that is not closed."""
+    def records(self, lines: Iterable[str], *, strict: bool = False) -> Iterator[list[str]]:
+        """Parse lines with the standard library; strict refuses quotes that are not in order."""
         return csv.reader(
-            io.StringIO(text, newline=""),
+            lines,
             delimiter=self.delimiter,
             escapechar=self.escape,
             doublequote=self.escape is None,
@@ -39,7 +40,10 @@ class Dialect:
 
 
 def sniff(file: SourceFile, stream: IO[bytes]) -> Dialect | None:
-    """Find delimiter, escape and column names from the beginning of a file; None if it is blank."""
+    """Find delimiter, escape and column names from the beginning of a file; None if it is blank.
+
+    Raises: SourceError if a quote in the header is never closed.
+    """
     head = stream.read(_SNIFF_BYTES).decode("utf-8", "replace")
     if not head.strip():
         return None
@@ -47,8 +51,13 @@ def sniff(file: SourceFile, stream: IO[bytes]) -> Dialect | None:
     by_name = "\t" if ".tsv" in file.path.suffixes else ""
     candidates = by_name or DELIMITERS
     delimiter = max(candidates, key=lambda d: (_consistency(head, Dialect(d, escape)), -candidates.index(d)))
-    records = _readable(Dialect(delimiter, escape).records(head))
+    records = _readable(Dialect(delimiter, escape).records(_lines(head)))
     names = next((record for record in records if any(record)), [])
+    if _is_open(head, Dialect(delimiter, escape)):
+        raise SourceError(
+            f"{file.path}: a quote in the header is never closed (read with delimiter {delimiter!r})",
+            hint="mend the first line; it names the columns",
+        )
     return Dialect(delimiter, escape, tuple(unique_names(names))) if names else None
 
 
@@ -69,11 +78,24 @@ def unique_names(names: list[str]) -> list[str]:
 
 def _consistency(head: str, dialect: Dialect) -> float:
     """Score a dialect: the share of records as wide as the header; of equals, the wider."""
-    records = itertools.islice(_readable(dialect.records(head)), _SNIFF_RECORDS)
+    records = itertools.islice(_readable(dialect.records(_lines(head))), _SNIFF_RECORDS)
     widths = [len(record) for record in records if any(record)]
     if not widths or widths[0] < 2:
         return 0.0
     return sum(width == widths[0] for width in widths) / len(widths) * (1 + min(widths[0], 100) / 1000)
+
+
+def _lines(text: str) -> io.StringIO:
+    return io.StringIO(text, newline="")
+
+
+def _is_open(head: str, dialect: Dialect) -> bool:
+    """Tell whether the header goes on to the end of the text, for a quote in it."""
+    try:
+        next(filter(any, dialect.records(_lines(head), strict=True)), None)
+    except csv.Error as error:
+        return "unexpected end" in str(error)
+    return False
 
 
 def _readable(records: Iterator[list[str]]) -> Iterator[list[str]]:

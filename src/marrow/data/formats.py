@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from marrow.core.errors import SourceError, explain_os_errors
 from marrow.data.columns import column_of, infer_text
-from marrow.data.delimited import I64, Tally, not_utf8, read_delimited
+from marrow.data.delimited import I64, Tally, read_delimited
 from marrow.data.dialect import unique_names
 from marrow.data.sources import Broken, SourceFile, lines_of, open_bytes, peek
 from marrow.data.tables import plain_type
@@ -130,7 +130,9 @@ def _read_arrow(file: SourceFile, tally: Tally, broken: Callable[[Broken], None]
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         except pa.ArrowInvalid:
             stream.seek(0)
-            batches = iter(pa.ipc.open_stream(stream))
+            reader = pa.ipc.open_stream(stream)
+            batches = iter(reader)
+        pq.ParquetWriter(pa.BufferOutputStream(), reader.schema).close()  # refuses types it has no form for
         yield from _numbered(file, batches, tally, broken)
 
 
@@ -145,8 +147,6 @@ def _numbered(
     for batch in batches:
         for start in range(0, batch.num_rows, BATCH_ROWS):
             piece = batch.slice(start, BATCH_ROWS)
-            schema = pa.schema([(field.name, plain_type(field.type)) for field in piece.schema])
-            piece = pa.RecordBatch.from_arrays(piece.cast(schema).columns, names=unique_names(schema.names))
             lines = np.arange(row, row + piece.num_rows, dtype=np.int64)
             row += piece.num_rows
             if bad := _not_text(piece):
@@ -155,16 +155,30 @@ def _numbered(
                     broken(Broken(file.name, int(lines[index]), "text that is not UTF-8", ""))
                 good = np.isin(np.arange(len(lines)), bad, invert=True)
                 piece, lines = piece.filter(pa.array(good)), lines[good]
+            schema = pa.schema([(field.name, plain_type(field.type)) for field in piece.schema])
+            piece = pa.RecordBatch.from_arrays(piece.cast(schema).columns, names=unique_names(schema.names))
             yield Chunk(piece, lines)
 
 
 def _not_text(batch: pa.RecordBatch) -> list[int]:
+    """Return the rows with text that is not UTF-8, however deep; ArrowInvalid if a column is damaged."""
+    bad: set[int] = set()
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            if "UTF8" not in str(error):
+                raise
+            bad.update(i for i, value in enumerate(column) if not _is_text(value))
+    return sorted(bad)
+
+
+def _is_text(value: pa.Scalar) -> bool:
     try:
-        batch.validate(full=True)
-    except pa.ArrowInvalid:
-        texts = [column.cast(pa.binary()) for column in batch.columns if pa.types.is_string(column.type)]
-        return not_utf8(texts)
-    return []
+        value.as_py()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _read_text(file: SourceFile, tally: Tally, broken: Callable[[Broken], None]) -> Iterator[Chunk]:

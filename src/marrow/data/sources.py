@@ -135,7 +135,7 @@ def format_of(path: Path) -> Format | None:
 def open_bytes(file: SourceFile) -> Iterator[IO[bytes]]:
     """Open a text-like file as UTF-8 bytes: unzipped, a byte order mark removed, UTF-16 translated.
 
-    Raises: SourceError if the gzip is damaged or cut short; NotPermitted.
+    Raises: SourceError if the gzip or UTF-16 is damaged or cut short; NotPermitted.
     """
     with explain_os_errors("read the source", file.path), _explain_gzip(file), open(file.path, "rb") as raw:
         stream = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if file.is_compressed else raw
@@ -143,12 +143,22 @@ def open_bytes(file: SourceFile) -> Iterator[IO[bytes]]:
         stream.seek(0)
         if mark.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             translated = pa.transcoding_input_stream(pa.PythonFile(stream, mode="r"), "utf-16", "utf-8")
-            with pa.BufferedInputStream(translated, BLOCK_BYTES) as recoded:
+            with _explain_utf16(file), pa.BufferedInputStream(translated, BLOCK_BYTES) as recoded:
                 yield cast(IO[bytes], recoded)
             return
         if mark == codecs.BOM_UTF8:
             stream.seek(3)
         yield stream
+
+
+@contextmanager
+def _explain_utf16(file: SourceFile) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"{file.path} begins as UTF-16 but is not: {error}", hint="write the file again, as UTF-8"
+        ) from error
 
 
 @contextmanager

@@ -28,6 +28,7 @@ import torch
 from marrow.core.errors import DataError, ModelError, RequestError, ServeError
 from marrow.core.records import Completion, Sampling
 from marrow.core.span import Ledger, LedgerSummary, span
+from marrow.kernels import dispatch
 from marrow.models import huggingface
 from marrow.models.decoder import Decoder
 from marrow.serve.config import ServeRecipe
@@ -83,6 +84,7 @@ class Engine:
 
         Raises: ModelError, SourceError if the folder does not hold a model.
         """
+        dispatch.wanted()  # an unknown MARROW_KERNELS is refused before anything is read
         decoder = huggingface.load(folder)
         tokenizer = Tokenizer.load(folder)
         return cls(decoder, tokenizer, recipe, stop_ids=_stop_ids(folder), name=name or folder.name)
