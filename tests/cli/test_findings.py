@@ -63,6 +63,10 @@ def test_enough_prompts_are_found_behind_many_short_documents(tmp_path: Path) ->
     assert found == [f"number {n} reads"[: len("number 0")] for n in range(NUM_PROMPTS)]
 
 
+def test_texts_of_a_letter_still_give_a_prompt(tmp_path: Path) -> None:
+    assert prompts_of(ReportRecipe(), heldout(tmp_path, ["x", "y"])) == [""]
+
+
 def test_the_first_documents_are_taken_in_order_and_no_more_than_needed(tmp_path: Path) -> None:
     folder = heldout(tmp_path, [f"{n:03d} words of a document" for n in range(100)])
     assert [prompt[:3] for prompt in prompts_of(ReportRecipe(), folder)] == [

@@ -23,10 +23,16 @@ STEPS = [
     "marrow.cli.trial",
     "marrow.cli.findings",
 ]
+ALSO = {"marrow.cli.trial": "marrow.cli.serve"}  # what its child process runs
+HEAVY = ("marrow.train", "marrow.models", "marrow.cli.findings")  # they load torch
 
 
 def closure(module: str) -> set[str]:
-    return {path.relative_to(PACKAGE).as_posix() for path in source_files(module)}
+    return {path.relative_to(PACKAGE).as_posix() for path in files_of(module)}
+
+
+def files_of(module: str) -> tuple[Path, ...]:
+    return source_files(*filter(None, (module, ALSO.get(module))))
 
 
 def key(*files: Path) -> str:
@@ -37,9 +43,14 @@ def test_the_list_above_is_that_of_the_pipeline() -> None:
     text = Path(sys.modules[Pipeline.__module__].__file__ or "").read_text(encoding="utf-8")
     assert all(f'module="{module}"' in text for module in STEPS)
     assert text.count('module="marrow.') == len(STEPS) + 1  # tokenizer and shards share a module
+    assert all(f'also="{module}"' in text for module in ALSO.values())
+    assert text.count('also="marrow.') == len(ALSO)
 
 
-@pytest.mark.parametrize("module", STEPS)
+@pytest.mark.parametrize(
+    "module",
+    [pytest.param(m, marks=pytest.mark.slow) if m.startswith(HEAVY) else m for m in (*STEPS, *ALSO.values())],
+)
 def test_a_step_knows_all_that_python_loads_for_it(module: str) -> None:
     """The interpreter is the oracle: what importing the module loads is in its closure."""
     found = closure(module)
@@ -68,9 +79,9 @@ def test_imports_inside_functions_and_of_types_count() -> None:
 
 def test_core_and_code_from_elsewhere_stay_out() -> None:
     for module in STEPS:
-        for path in source_files(module):
+        for path in files_of(module):
             assert path.is_relative_to(PACKAGE)
-            assert not path.is_relative_to(PACKAGE / "core")
+            assert not path.is_relative_to(PACKAGE / "core") or path.stem in ("page", "charts", "graph")
     assert not any(name.startswith("marrow.core") for name in imports_of("marrow.train.loop"))
 
 
@@ -85,6 +96,7 @@ def test_training_does_not_depend_on_serving_nor_on_how_rows_were_read() -> None
 
 
 def test_the_serve_step_depends_on_the_server_that_its_child_runs() -> None:
+    assert "serve/engine.py" not in closure("marrow.data.split")
     found = closure("marrow.cli.trial")
     assert {
         "cli/serve.py",
@@ -112,7 +124,7 @@ def test_a_change_of_a_file_changes_the_key_of_the_steps_that_use_it_alone(tmp_p
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
 
     def keys() -> dict[str, str]:
-        return {m: key(*(copy / p.relative_to(PACKAGE) for p in source_files(m))) for m in STEPS}
+        return {m: key(*(copy / p.relative_to(PACKAGE) for p in files_of(m))) for m in STEPS}
 
     before = keys()
     file = copy / "train" / "optimiser.py"

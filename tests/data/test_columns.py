@@ -2,7 +2,7 @@ import datetime
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marrow.data.columns import SchemaGrewError, column_of, fit, infer_text, join_schemas, join_types
@@ -83,3 +83,86 @@ def test_missing_columns_are_null_and_dates_widen_to_times():
         {"x": None, "d": datetime.datetime(2024, 1, 31)},
         {"x": None, "d": None},
     ]
+
+
+# Text of CSVs: what is inferred must be written back as it was read.
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "read"),
+    [
+        (["007", "7"], pa.string(), ["007", "7"]),
+        (["12345678901234567890", "1"], pa.string(), ["12345678901234567890", "1"]),
+        (["1234567890123456", "0.5"], pa.string(), ["1234567890123456", "0.5"]),
+        (["9223372036854775807", "-9223372036854775808"], pa.int64(), [2**63 - 1, -(2**63)]),
+        (["1e5", "2"], pa.float64(), [1e5, 2.0]),
+        (["1E-3", "inf"], pa.float64(), [1e-3, float("inf")]),
+        (["1e5", "x"], pa.string(), ["1e5", "x"]),
+        (["-0", "1"], pa.string(), ["-0", "1"]),
+        (["1_000", "2"], pa.string(), ["1_000", "2"]),
+        (["1,5", "2"], pa.string(), ["1,5", "2"]),
+        (["0x10", "2"], pa.string(), ["0x10", "2"]),
+        (["0xE1"], pa.string(), ["0xE1"]),
+        (["1 ", "2"], pa.string(), ["1 ", "2"]),
+        (["1\n", "2"], pa.string(), ["1\n", "2"]),
+        (["\u0661", "2"], pa.string(), ["\u0661", "2"]),
+        (["true", "FALSE", "NA"], pa.bool_(), [True, False, None]),
+        (["true", "1"], pa.string(), ["true", "1"]),
+        (["yes", "no"], pa.string(), ["yes", "no"]),
+        (
+            ["2024-02-29", "", "1969-12-31"],
+            pa.date32(),
+            [datetime.date(2024, 2, 29), None, datetime.date(1969, 12, 31)],
+        ),
+        (["2024-02-30"], pa.string(), ["2024-02-30"]),
+        (["2024-1-2"], pa.string(), ["2024-1-2"]),
+        (["31.12.2024"], pa.string(), ["31.12.2024"]),
+        (["2024-01-02T03:04:05.000001"], pa.timestamp("us"), [datetime.datetime(2024, 1, 2, 3, 4, 5, 1)]),
+        (["NA", "x"], pa.string(), ["NA", "x"]),
+        (["null", "1"], pa.int64(), [None, 1]),
+    ],
+)
+def test_text_is_read_as_what_it_says_and_nothing_else(values, kind, read):
+    batch = pa.RecordBatch.from_pydict({"c": values})
+    assert infer_text(batch.column("c")) == kind
+    assert fit(batch, pa.schema([("c", kind)]), is_text=True).column(0).to_pylist() == read
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(st.sampled_from("0123456789-+.eEx "), max_size=22), min_size=1, max_size=4))
+def test_numbers_that_are_inferred_say_what_the_text_said(values):
+    batch = pa.RecordBatch.from_pydict({"c": values})
+    kind = infer_text(batch.column("c"))
+    got = fit(batch, pa.schema([("c", kind)]), is_text=True).column(0).to_pylist()
+    for text, value in zip(values, got, strict=True):
+        if pa.types.is_integer(kind):
+            assert (value is None and text == "") or str(value) == text
+        elif pa.types.is_floating(kind):
+            assert (value is None and text == "") or value == float(text)
+        elif pa.types.is_string(kind):
+            assert value == text
+
+
+@given(st.lists(st.floats(allow_nan=False), min_size=1))
+def test_floats_come_back_bit_for_bit(numbers):
+    batch = pa.RecordBatch.from_pydict({"c": [repr(number) for number in numbers]})
+    kind = infer_text(batch.column("c"))
+    if pa.types.is_floating(kind):
+        assert fit(batch, pa.schema([("c", kind)]), is_text=True).column(0).to_pylist() == numbers
+    else:  # digits without point or exponent are never written by repr
+        raise AssertionError(f"{numbers} became {kind}")
+
+
+def test_the_column_that_does_not_fit_is_named():
+    batch = pa.RecordBatch.from_pydict({"a": ["1"], "b": ["1234567890123456"]})
+    schema = pa.schema([("a", pa.int64()), ("b", pa.float64())])
+    with pytest.raises(SchemaGrewError) as caught:
+        fit(batch, schema, is_text=True)
+    assert caught.value.args == ("b",)
+
+
+def test_a_decimal_beside_a_float_keeps_its_digits():
+    kind = pa.decimal128(38, 1)
+    assert join_types(kind, pa.float64()) == join_types(pa.float32(), kind) == pa.string()
+    assert join_types(kind, kind) == kind
+    assert join_types(pa.float32(), pa.float64()) == pa.float64()

@@ -93,10 +93,10 @@ def prompts_of(recipe: ReportRecipe, split: Path) -> list[str]:
     file = pq.ParquetFile(split / "heldout.parquet")
     found: list[str] = []
     for batch in file.iter_batches(64, columns=["text"]):
-        found += [beginning(text) for text in batch.column("text").to_pylist()]
+        found += filter(None, map(beginning, batch.column("text").to_pylist()))
         if len(found) >= NUM_PROMPTS:
             break
-    return [text for text in found if text][:NUM_PROMPTS] or [""]  # texts of a letter or two
+    return found[:NUM_PROMPTS] or [""]  # "": no text has more than a letter or two
 
 
 def beginning(text: str) -> str:

@@ -26,6 +26,7 @@ from marrow.serve.config import ServeRecipe
 from marrow.serve.load import Load, drive
 
 START_S = 120.0
+STOP_S = 20.0  # beyond the time to drain
 
 
 def try_server(
@@ -93,9 +94,15 @@ class Server:
         self.url = url
 
     def stop(self, drain_s: float) -> int:
-        """Ask it to drain and stop; return its exit status (0: done, 130: interrupted)."""
+        """Ask it to drain and stop; return its exit status (0: done, 130: interrupted).
+
+        Raises: ServeError if it does not.
+        """
         self._process.send_signal(signal.SIGTERM)
-        return self._process.wait(timeout=drain_s + 20)
+        try:
+            return self._process.wait(timeout=drain_s + STOP_S)
+        except subprocess.TimeoutExpired:
+            raise ServeError(f"the server did not stop within {drain_s + STOP_S:.0f} s") from None
 
 
 @contextmanager
@@ -120,7 +127,7 @@ def running_server(folder: Path, name: str, recipe: ServeRecipe) -> Iterator[Ser
     finally:
         os.close(write_end)
         try:
-            process.wait(timeout=recipe.drain + 20)
+            process.wait(timeout=recipe.drain + STOP_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

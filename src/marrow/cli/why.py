@@ -32,8 +32,8 @@ def command(target: str, show_all: bool, as_json: bool) -> None:
         click.echo(json.dumps(found, indent=2))
         return
     click.echo(ledger_table(whole), nl=False)
-    largest = max(ledgers, key=lambda ledger: ledger["wall_s"])
-    if inner := bottleneck(largest):
+    largest = max(ledgers, key=lambda ledger: ledger["wall_s"], default=None)
+    if largest and (inner := bottleneck(largest)):
         click.echo(f"in {largest['name']}: {inner.part}, {inner.share:.0%} of its time: {inner.advice}")
     for ledger in ledgers:
         if show_all or ledger["wall_s"] >= SMALL_SHARE * whole["wall_s"]:

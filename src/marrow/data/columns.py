@@ -26,6 +26,7 @@ _LADDERS = (
 )
 _BOOLS = pa.array(["true", "True", "TRUE", "false", "False", "FALSE"])
 _LONG_INTEGER = r"^-?\d{16,}$"
+_HEX = r"^-?0[xX]"
 _ODD_INTEGER = r"^(?:-?0\d|\+|\s|-0$)|\s$"
 
 
@@ -119,6 +120,8 @@ def _parses(values: pa.Array, kind: pa.DataType) -> bool:
     if pa.types.is_boolean(kind):
         return bool(pc.all(pc.is_in(values, _BOOLS), min_count=0).as_py())
     if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        if pc.any(pc.match_substring_regex(values, _HEX)).as_py():
+            return False  # pyarrow reads it as a number; a key such as 0xE1 is a name
         odd = values.filter(pc.match_substring_regex(values, _ODD_INTEGER))
         if not pc.all(pc.match_substring_regex(odd, r"[.eE]"), min_count=0).as_py():
             return False  # of neither kind of number; decimals such as 00.5 lose nothing that counts

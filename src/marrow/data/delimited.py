@@ -82,7 +82,7 @@ class _FastReader:
     _line: int = 1
     _number: int = 1  # of the next record, as pyarrow counts
     _needs_header: bool = True
-    _tail_closes: bool = False
+    _tail: bytes = b""  # of the file, once it is read
     _invalid: list[tuple[int, str]] = field(default_factory=list)
 
     def read(self) -> Iterator[tuple[pa.RecordBatch, I64]]:
@@ -102,7 +102,7 @@ class _FastReader:
                     yield from self._take(held, is_last=False)
                 self.resume_line = self.resume_line or self._line
                 return
-            self._tail_closes = stream.closes_quote()
+            self._tail = stream.last
             if held is not None and self.resume_line is None:
                 yield from self._take(held, is_last=True)
             if self.resume_line is None:
@@ -137,7 +137,7 @@ class _FastReader:
     def _take(self, batch: pa.RecordBatch, *, is_last: bool) -> Iterator[tuple[pa.RecordBatch, I64]]:
         """Find the lines of a batch's records, drop header and blanks, check the text of the rest."""
         newlines_N = _newlines(batch)
-        if is_last and batch.num_rows and newlines_N[-1] and not self._tail_closes:
+        if is_last and batch.num_rows and newlines_N[-1] and not _closes(batch, self._tail):
             # The last field runs over several lines to the end of the file: the slow path decides
             # whether its quote was ever closed.
             batch, newlines_N = batch.slice(0, batch.num_rows - 1), newlines_N[:-1]
@@ -158,7 +158,8 @@ class _FastReader:
                 batch, lines_N = batch.slice(0, start), lines_N[:start]
                 break
         if self.resume_line == -1:
-            self.resume_line = self._line if self._skip_invalid(None) else self.resume_line
+            self.resume_line = self._line
+            self._invalid.clear()  # the slow path reads them again
         yield from self._checked(batch, lines_N)
 
     def _skip_invalid(self, count: int | None) -> bool:
@@ -168,11 +169,14 @@ class _FastReader:
         """
         while self._invalid and count != 0:
             _, text = self._invalid[0]
-            if {"\n", "\r"} & set(text.rstrip("\r\n")):
+            if {"\n", "\r"} & set(text.removesuffix("\r")):
                 self.resume_line = self._line
                 return False
             self._invalid.pop(0)
-            self.report(self._line, f"not {len(self.dialect.names)} fields", text)
+            if any(next(self.dialect.records([text]), [])) or text.count('"') % 2:
+                self.report(self._line, f"not {len(self.dialect.names)} fields", text)
+            else:
+                self.tally.num_blank += 1
             self._line += 1
             self._number += 1
             count = None if count is None else count - 1
@@ -200,25 +204,34 @@ class _FastReader:
 
 
 class _Tail:
-    """Passes a stream's bytes on and remembers the last ones."""
+    """Passes a stream's bytes on and remembers the last ones.
+
+    No block but the last ends with CR: pyarrow drops a LF that begins the next one, in quotes as well.
+    """
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
-        self._last = b""
+        self._held = b""
+        self.last = b""
         self.closed = False
 
     def read(self, size: int) -> bytes:
         """Read as the stream does."""
-        block = self._stream.read(size)
+        block = self._held + self._stream.read(size - len(self._held))
+        self._held = b""
+        if len(block) > 1 and block.endswith(b"\r"):
+            block, self._held = block[:-1], b"\r"
         if block:
-            self._last = (self._last + block[-_TAIL_BYTES:])[-_TAIL_BYTES:]
+            self.last = (self.last + block[-_TAIL_BYTES:])[-_TAIL_BYTES:]
         return block
 
-    def closes_quote(self) -> bool:
-        """Tell whether the last bytes close a quoted field: an odd number of quotes, then the end."""
-        text = self._last.rstrip(b"\r\n")
-        num_quotes = len(text) - len(text.rstrip(b'"'))
-        return num_quotes % 2 == 1 and num_quotes < len(text)
+
+def _closes(batch: pa.RecordBatch, tail: bytes) -> bool:
+    """Tell whether the last value surely ends with a closing quote: the value in quotes ends the file."""
+    text = tail.rstrip(b"\r\n")
+    value = b'"' + batch.column(batch.num_columns - 1)[-1].as_py().replace(b'"', b'""') + b'"'
+    num_quotes = len(text) - len(text.rstrip(b'"'))
+    return text.endswith(value[-_TAIL_BYTES // 2 :]) and (num_quotes % 2 == 1 or text.endswith(value))
 
 
 def _newlines(batch: pa.RecordBatch) -> I64:

@@ -8,6 +8,7 @@ backslash. The first record that is not blank is the header.
 import csv
 import io
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO
@@ -16,6 +17,7 @@ from marrow.core.errors import SourceError
 from marrow.data.sources import SourceFile
 
 DELIMITERS = ",;\t|"
+_DOUBLED = re.compile(r'(?<![\\,;\t|\r\n])""')  # not an empty field, nor an escaped quote that ends one
 _SNIFF_BYTES = 1 << 16
 _SNIFF_RECORDS = 50
 
@@ -47,7 +49,7 @@ def sniff(file: SourceFile, stream: IO[bytes]) -> Dialect | None:
     head = stream.read(_SNIFF_BYTES).decode("utf-8", "replace")
     if not head.strip():
         return None
-    escape = "\\" if '\\"' in head and head.count('\\"') > head.count('""') else None
+    escape = "\\" if head.count('\\"') > len(_DOUBLED.findall(head)) else None
     by_name = "\t" if ".tsv" in file.path.suffixes else ""
     candidates = by_name or DELIMITERS
     delimiter = max(candidates, key=lambda d: (_consistency(head, Dialect(d, escape)), -candidates.index(d)))

@@ -220,7 +220,9 @@ def _explain_arrow(file: SourceFile) -> Iterator[None]:
     with explain_os_errors("read the source", file.path):
         try:
             yield
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # one without an errno is how pyarrow tells of damage
             raise SourceError(
                 f"{file.path} is no readable {file.format} file: {error}",
                 hint="copy or write the file again; is its name's ending right?",

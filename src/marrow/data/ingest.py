@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from marrow.core.errors import SourceError
+from marrow.core.errors import SourceError, explain_os_errors
 from marrow.core.progress import Progress, silent
 from marrow.core.span import span
 from marrow.data.columns import SchemaGrewError, fit, join_schemas
@@ -124,7 +124,7 @@ def _write_rows(
     target, renamed = _target(schema, len(found.files))
     paths: list[Path] = []
     quarantine = out / QUARANTINE
-    with ExitStack() as stack:
+    with explain_os_errors("write rows", out), ExitStack() as stack:
         broken_file = None
         files: list[ParquetFile] = []
 

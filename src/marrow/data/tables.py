@@ -62,9 +62,10 @@ class ParquetFile:
 
     def close(self, *, keep: bool = True) -> None:
         """Finish the file; with keep false, what is pending is let go. Closing twice is fine."""
+        if not keep:
+            self._pending = []
         with explain_os_errors("write rows", self.path):
-            if keep:
-                self._flush()
+            self._flush()
             self._writer.close()
 
     def _flush(self) -> None:
