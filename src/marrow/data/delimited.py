@@ -137,7 +137,7 @@ class _FastReader:
     def _take(self, batch: pa.RecordBatch, *, is_last: bool) -> Iterator[tuple[pa.RecordBatch, I64]]:
         """Find the lines of a batch's records, drop header and blanks, check the text of the rest."""
         newlines_N = _newlines(batch)
-        if is_last and batch.num_rows and newlines_N[-1] and not _closes(batch, self._tail):
+        if is_last and batch.num_rows and newlines_N[-1] and not self._closes(batch):
             # The last field runs over several lines to the end of the file: the slow path decides
             # whether its quote was ever closed.
             batch, newlines_N = batch.slice(0, batch.num_rows - 1), newlines_N[:-1]
@@ -161,6 +161,16 @@ class _FastReader:
             self.resume_line = self._line
             self._invalid.clear()  # the slow path reads them again
         yield from self._checked(batch, lines_N)
+
+    def _closes(self, batch: pa.RecordBatch) -> bool:
+        """Tell whether the last value surely is over: as it is, or in quotes, it ends the file."""
+        text = self._tail.rstrip(b"\r\n")
+        plain = batch.column(batch.num_columns - 1)[-1].as_py()
+        if b'"' not in plain and text.endswith(self.dialect.delimiter.encode() + plain):
+            return True
+        value = b'"' + plain.replace(b'"', b'""') + b'"'
+        num_quotes = len(text) - len(text.rstrip(b'"'))
+        return text.endswith(value[-_TAIL_BYTES // 2 :]) and (num_quotes % 2 == 1 or text.endswith(value))
 
     def _skip_invalid(self, count: int | None) -> bool:
         """Report rows of the wrong width; stop, and say False, at one over several lines.
@@ -224,14 +234,6 @@ class _Tail:
         if block:
             self.last = (self.last + block[-_TAIL_BYTES:])[-_TAIL_BYTES:]
         return block
-
-
-def _closes(batch: pa.RecordBatch, tail: bytes) -> bool:
-    """Tell whether the last value surely ends with a closing quote: the value in quotes ends the file."""
-    text = tail.rstrip(b"\r\n")
-    value = b'"' + batch.column(batch.num_columns - 1)[-1].as_py().replace(b'"', b'""') + b'"'
-    num_quotes = len(text) - len(text.rstrip(b'"'))
-    return text.endswith(value[-_TAIL_BYTES // 2 :]) and (num_quotes % 2 == 1 or text.endswith(value))
 
 
 def _newlines(batch: pa.RecordBatch) -> I64:

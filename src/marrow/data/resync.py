@@ -46,7 +46,7 @@ def records_from(
 
 def _lines(stream: IO[bytes]) -> Iterator[tuple[bytes, bool]]:
     for line, is_whole in lines_of(stream, MAX_RECORD_BYTES):
-        for piece in _LONE_CR.split(line) if b"\r" in line else (line,):
+        for piece in _LONE_CR.split(line) if b"\r" in line.removesuffix(b"\r\n") else (line,):
             yield piece, is_whole
 
 
