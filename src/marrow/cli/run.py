@@ -1,6 +1,9 @@
 """`marrow run`: a recipe from raw rows to a served, measured model."""
 
 import json
+import shlex
+import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -47,8 +50,10 @@ def command(path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         return
     click.echo(run_table(story), nl=False)
     console.say(f"\nreport: {page}")
-    console.say(f"next:   marrow serve {recipe.name}   |   marrow complete {recipe.name} 'def read(self'")
-    console.say(f"        marrow lineage {recipe.name} |   marrow why {recipe.name}")
+    marrow = "marrow" if shutil.which("marrow") else sys.argv[0]
+    prompt = shlex.quote(story.samples[0].prompt) if story.samples else ""
+    for verb, rest in (("serve", ""), ("complete", prompt), ("lineage", ""), ("why", "")):
+        console.say(f"{'next:' if verb == 'serve' else '':<7} {marrow} {verb} {recipe.name} {rest}".rstrip())
 
 
 def finished(kind: str, result: StepResult) -> None:
@@ -57,4 +62,4 @@ def finished(kind: str, result: StepResult) -> None:
     console.say(f"{kind:<11} {what} {console.duration(result.wall_s)}")
     if broken := result.artifact.facts.get("broken_rows"):
         place = f"quarantine.jsonl of {result.artifact.id[:12]}"
-        console.say(f"{'':<11} {broken:,} broken rows were set aside with their line numbers: {place}")
+        console.say(f"{'':<11} broken rows set aside with their line numbers: {broken:,}, in {place}")
