@@ -283,3 +283,13 @@ def test_the_report_is_one_page_that_stands_alone(finished: Path) -> None:
     for title in ("What it learned", "What it writes", "Serving", "Where the time went", "Lineage"):
         assert title in page
     assert 'src="http' not in page
+
+
+def test_ctrl_c_ends_a_server_with_130_and_no_word_about_unfinished_work(finished: Path) -> None:
+    server = start(["serve", "tiny", "--port", "0", "--json"], finished)
+    assert server.stdout is not None
+    assert json.loads(server.stdout.readline())["model"] == "tiny"
+    server.send_signal(signal.SIGINT)
+    _, told = server.communicate(timeout=60)
+    assert server.returncode == 130, told
+    assert told.strip() == "drained and stopped"

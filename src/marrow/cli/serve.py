@@ -58,4 +58,5 @@ def command(
         parent_fd=parent_fd,
     )
     if ended_by == signal.SIGINT:
-        raise Interrupted("the server drained and stopped")
+        console.say("drained and stopped")
+        raise click.exceptions.Exit(Interrupted.exit_code)
