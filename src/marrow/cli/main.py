@@ -14,8 +14,8 @@ import click
 from marrow import __version__
 from marrow.core.errors import Interrupted, MarrowError
 
-# PERF: libgomp's waiting threads spin 300,000 times before they sleep. Beside another busy process that
-# makes a training step on two threads 12 times slower (1,000 for 83 ms). With 10,000 turns it is 295 ms
+# PERF: libgomp's waiting threads spin 300,000 times before they sleep. Beside another busy process even
+# 200,000 make a training step on two threads 12 times slower (999 for 84 ms). With 10,000 turns it is 295 ms
 # there, and no slower on an idle machine (83 ms; at once asleep: 147 ms). Read when torch loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
