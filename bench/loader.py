@@ -14,7 +14,6 @@ turns, several times; the table shows medians.
 
 import json
 import statistics
-import sys
 import sysconfig
 import tempfile
 import time
