@@ -212,7 +212,7 @@ def report(shape: str, found: dict[str, float]) -> dict[str, float]:
         print(f"  {name:14}{speed:10,.0f} tok/CPU-s")
     ratios = {dtype: found["marrow bf16"] / found[f"trainer {dtype}"] for dtype in GOALS}
     for dtype, ratio in ratios.items():
-        print(f"  marrow bf16 / trainer {dtype}: {ratio:.2f}x   (goal: at least {GOALS[dtype]}x)")
+        print(f"  marrow bf16 / trainer {dtype}: {ratio:.3f}x   (goal: at least {GOALS[dtype]}x)")
     return ratios
 
 

@@ -6,7 +6,7 @@ blank to the word after it, so that ` return` is the same token at every depth),
 the line ends after it (`):\n`), words keep one leading mark (`.append`, `_name`, `(self`), and
 numbers fall into groups of three digits, so that their tokens are bounded. A pattern with words
 bare of marks and line ends that take the indentation after them scored better with an n-gram and
-far worse with the quickstart's decoder: docs/lab-log.md.
+worse with the quickstart's decoder, in one run of each: docs/lab-log.md.
 
 `ASCII_WORDS` is the same pattern with the Unicode classes narrowed to ASCII. On ASCII text both cut
 alike, and the standard library's `re` is three times faster at it than the tokenizer library.
