@@ -4,13 +4,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test check lint fast bench clean setup setup-test
+.PHONY: run test check lint fast soak bench clean setup setup-test
 
 run: setup
 	$(BIN)/marrow run recipes/quickstart.toml
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow and not soak" -n 2 --dist loadfile
 
 check: lint fast
 
@@ -21,7 +21,11 @@ lint: setup-test
 	$(BIN)/lint-imports
 
 fast: setup-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not soak" -n 2
+
+# The long forms: hundreds of kills, gigabytes under a memory limit. About an hour.
+soak: setup-test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak --timeout 3600
 
 bench: setup-test
 	$(BIN)/python bench/all.py
