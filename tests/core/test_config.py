@@ -1,7 +1,9 @@
 """Recipes: what is written is what runs, and what is wrong is named with its line."""
 
+import copy
+import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -11,6 +13,8 @@ from hypothesis import strategies as st
 
 from marrow.core.config import Bytes, Count, Duration, Range, Recipe, load_recipe
 from marrow.core.errors import RecipeError
+from marrow.core.frozen_map import EMPTY, FrozenMap
+from marrow.core.hashes import hash_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +186,8 @@ def toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
-        return f'"{escaped}"'
+        escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\x7f": "\\u007f"}
+        return '"' + "".join(escapes.get(letter, letter) for letter in value) + '"'
     if isinstance(value, tuple):
         return "[" + ", ".join(toml(item) for item in value) + "]"
     return repr(value)
@@ -401,3 +405,184 @@ def test_any_text_is_a_recipe_or_a_recipe_error(tmp_path_factory, text):
     except RecipeError as error:
         refused = error
     assert refused is None or "fuzz.toml" in str(refused)
+
+
+# Tables with free keys
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    low: float | None = None
+    high: float | None = None
+    level: Literal["warn", "fail"] = "fail"
+
+    def __post_init__(self) -> None:
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"low = {self.low:g} is more than high = {self.high:g}")
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    types: Mapping[str, str] = EMPTY
+    weights: Mapping[str, Annotated[float, Range(0, 10)]] = EMPTY
+    expect: Mapping[str, Bounds] = EMPTY
+    level: str = ""
+
+
+FREE: dict[str, type] = {"data": Free, "train": Train}
+
+
+def test_a_table_with_free_keys_holds_values_or_tables(load):
+    recipe = load(
+        "[data.types]\nprice = 'float64'\nid = 'int64'\n"
+        "[data.weights]\nweb = 1\n"
+        "[data.expect.price]\nlow = 0\n[data.expect.id]\nlevel = 'warn'\n",
+        schema=FREE,
+    )
+    data = recipe.section(Free)
+    assert data.types == {"id": "int64", "price": "float64"}
+    assert data.weights == {"web": 1.0}
+    assert isinstance(data.weights["web"], float)
+    assert data.expect == {"price": Bounds(low=0.0), "id": Bounds(level="warn")}
+
+
+def test_without_a_word_such_a_table_is_empty_and_cannot_be_filled(load):
+    recipe = load("", schema=FREE)
+    assert recipe.section(Free) == Free()
+    assert recipe.section(Free).types == {}
+    assert str(recipe.origins["data.types"]) == "default"
+    with pytest.raises(TypeError):
+        recipe.section(Free).types["a"] = "b"  # type: ignore[index]
+    assert load("[data.types]\n[data.expect]\n", schema=FREE).hash == recipe.hash
+
+
+ODD = [
+    "a.b",
+    "price (EUR)",
+    'say "hi"',
+    "it's",
+    "a=b",
+    "größe",
+    "[x]",
+    "#1",
+    " ",
+    "",
+    "tab\there",
+    "a\\b",
+    "\x7f",
+]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_free_key_may_have_any_name(load, name):
+    quoted = toml(name)
+    for text in (
+        f"[data.expect.{quoted}]\nlow = 3\n",
+        f"[data . expect]\n{quoted} . low = 3\n",
+        f"[data]\nexpect = {{ {quoted} = {{ low = 3 }} }}\n",
+        f"[data.expect]\n{quoted} = {{ low = 3 }}\n",
+    ):
+        recipe = load(text, schema=FREE)
+        assert recipe.section(Free).expect == {name: Bounds(low=3.0)}
+        places = {key: str(origin) for key, origin in recipe.origins.items() if key.startswith("data.expect")}
+        assert len(places) == 3
+        assert sum(bool(re.search(r":[12]$", place)) for place in places.values()) == 1
+    typed = load("", f"data.types.{quoted}=int64", schema=FREE)
+    assert typed.section(Free).types == {name: "int64"}
+
+
+def test_the_line_of_a_quoted_key_is_its_own(tmp_path, load):
+    text = "[data.types]\n'a.b' = 'x'\n\"c \\\" [d]\" = 'y'\n[data.expect.\"e.f\"]\nhigh = 3\n"
+    origins = load(text, schema=FREE).origins
+    lines = {
+        key: str(origin).rpartition(":")[2] for key, origin in origins.items() if "recipe" in str(origin)
+    }
+    assert lines == {
+        'data.types."a.b"': "2",
+        'data.types."c \\" [d]"': "3",
+        'data.expect."e.f".high': "5",
+    }
+
+
+def test_the_command_line_adds_to_a_table_with_free_keys(load):
+    recipe = load(
+        "[data.types]\nprice = 'int64'\nid = 'int64'\n",
+        "data.types.price=float64",
+        "data.weights={web = 2, books = 3}",
+        "data.expect.price.low=1",
+        schema=FREE,
+    )
+    data = recipe.section(Free)
+    assert data.types == {"id": "int64", "price": "float64"}
+    assert data.weights == {"books": 3.0, "web": 2.0}
+    assert data.expect == {"price": Bounds(low=1.0)}
+    assert str(recipe.origins["data.types.price"]) == "--set data.types.price=float64"
+    assert str(recipe.origins["data.types.id"]).endswith("recipe.toml:3")
+
+
+def test_a_base_and_its_recipe_fill_one_table(tmp_path, load):
+    (tmp_path / "base.toml").write_text("[data.types]\na = 'x'\nb = 'x'\n[data.expect.a]\nlow = 1\n")
+    data = load("base = 'base.toml'\n[data.types]\nb = 'y'\n[data.expect.a]\nhigh = 2\n", schema=FREE)
+    assert data.section(Free).types == {"a": "x", "b": "y"}
+    assert data.section(Free).expect == {"a": Bounds(1.0, 2.0)}
+
+
+def test_the_order_of_writing_changes_neither_hash_nor_order(load):
+    one = load("[data.types]\nb = 'x'\na = 'y'\n", schema=FREE)
+    two = load("[data.types]\na = 'y'\nb = 'x'\n", schema=FREE)
+    assert one.hash == two.hash
+    assert list(one.section(Free).types) == list(two.section(Free).types) == ["a", "b"]
+    assert load("[data.types]\na = 'x'\nb = 'y'\n", schema=FREE).hash != one.hash
+
+
+def test_a_map_is_a_value(load):
+    section = load("[data.expect.a]\nlow = 1\n[data.types]\nb = 'c'\n", schema=FREE).section(Free)
+    for twin in (copy.deepcopy(section), pickle.loads(pickle.dumps(section)), replace(section)):
+        assert twin == section
+        assert hash(twin) == hash(section)
+    assert hash_value(asdict(section)) == hash_value(section)
+    assert FrozenMap({"a": 1}) != FrozenMap({"a": 2})
+
+
+def test_a_thousand_columns_are_read_in_reasonable_time(load):
+    text = "".join(f"[data.expect.c{i}]\nlow = {i}\nhigh = {i + 1}\n" for i in range(1000))
+    assert len(load(text, schema=FREE).section(Free).expect) == 1000
+
+
+FREE_REFUSALS = [
+    (
+        "[data.expect.price]\n\nlwo = 3\n",
+        "recipe.toml:3: unknown key in [data.expect.price]: 'lwo'",
+        "did you mean 'low'?",
+    ),
+    ("[data.expect]\nprice = 3\n", "recipe.toml:2: data.expect.price = 3 is", "write [data.expect.price]"),
+    ("[data.types]\na = 3\n", "recipe.toml:2: data.types.a = 3 is a whole number, not a string", "string"),
+    ("[data.types.a]\nb = 3\n", "recipe.toml:1: data.types.a is a table, not a string", "write a string"),
+    ("[data]\ntypes = 'x'\n", "recipe.toml:2: data.types = 'x' is a string, not a table", "[data.types]"),
+    ("[data.weights]\na = 11\n", "recipe.toml:2: data.weights.a = 11 is out of range", "at most 10"),
+    ("[data.expect.p]\nlevel = 'fial'\n", "data.expect.p.level = 'fial' is none of", "did you mean 'fail'?"),
+    ("[data.expect.p]\nlow = 2\nhigh = 1\n", "recipe.toml:2, ", "config show"),
+    ("[data.expct.p]\nlow = 2\n", "recipe.toml:1: unknown key in [data]: 'expct'", "did you mean 'expect'?"),
+    ("[train.'a.b']\nlr = 2\n", "recipe.toml:1: unknown key in [train]: 'a.b'", "known: "),
+]
+
+
+@pytest.mark.parametrize(("text", "says", "hint"), FREE_REFUSALS, ids=[t for t, _, _ in FREE_REFUSALS])
+def test_what_is_wrong_within_free_keys_is_named_with_its_line(load, text, says, hint):
+    message = refusal(load, text, schema=FREE)
+    assert says in message
+    assert hint in message.partition("hint: ")[2]
+
+
+@given(st.dictionaries(st.text(max_size=8).filter(lambda s: s.isprintable()), st.floats(0, 10), max_size=5))
+@settings(max_examples=60, deadline=None)
+def test_free_keys_written_out_read_back_the_same(tmp_path_factory, weights):
+    text = "[data.weights]\n" + "".join(f"{toml(name)} = {value!r}\n" for name, value in weights.items())
+    path = tmp_path_factory.mktemp("recipe") / "r.toml"
+    path.write_text(text, encoding="utf-8")
+    recipe = load_recipe(path, FREE)
+    assert recipe.section(Free).weights == weights
+    lines = sorted(
+        str(o).rsplit(":", 1)[1] for k, o in recipe.origins.items() if k.startswith("data.weights.")
+    )
+    assert lines == sorted(str(i) for i in range(2, 2 + len(weights)))

@@ -1,9 +1,11 @@
 """Flat TOML: every key is found on its line, and nothing that only looks like a key is."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from marrow.core.errors import RecipeError
-from marrow.core.flat_toml import TABLE, flatten, key_lines, read_flat
+from marrow.core.flat_toml import TABLE, cut_setting, flatten, join_key, key_lines, read_flat, split_key
 
 
 @pytest.mark.parametrize(
@@ -22,6 +24,8 @@ from marrow.core.flat_toml import TABLE, flatten, key_lines, read_flat
         ('a = \'# [\' # ]\nb = "\\"[#"\nc = 1', {"a": 1, "b": 2, "c": 3}),
         ("a = 1\r\n[t] # x\r\nb = 1\r\n", {"a": 1, "t": 2, "t.b": 3}),
         ("a = '\u2028\x85'\nb = 1", {"a": 1, "b": 2}),
+        ('[t.\'a.b\']\n"x = [" = 1\n"\\"" = 2', {'t."a.b"': 1, 't."a.b"."x = ["': 2, 't."a.b"."\\""': 3}),
+        ('[ t . "[u]" ]\na = 1', {'t."[u]"': 1, 't."[u]".a': 2}),
     ],
 )
 def test_each_key_and_header_is_found_on_its_line(text, lines):
@@ -31,6 +35,25 @@ def test_each_key_and_header_is_found_on_its_line(text, lines):
 def test_a_value_is_flattened_with_its_tables():
     tree = {"a": 1, "t": {"b": [{"c": 1}], "u": {}}}
     assert list(flatten("", tree)) == [("a", 1), ("t", TABLE), ("t.b", [{"c": 1}]), ("t.u", TABLE)]
+
+
+@given(st.lists(st.text(max_size=6), min_size=1, max_size=4))
+def test_a_key_is_joined_and_split_again(names):
+    assert split_key(join_key(*names)) == names
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a.b=c=d", ("a.b", "=", "c=d")),
+        (' a."b=c" = "d=e"', ('a."b=c"', "=", ' "d=e"')),
+        ("a", ("a", "", "")),
+        ("=3", ("", "=", "3")),
+        ('a"b=3', ('a"b', "=", "3")),
+    ],
+)
+def test_a_setting_is_cut_outside_quotes(text, parts):
+    assert cut_setting(text) == parts
 
 
 def test_the_place_of_a_key_is_its_own_or_the_nearest(tmp_path):

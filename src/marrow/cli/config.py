@@ -9,6 +9,7 @@ import click
 
 from marrow.cli.recipe import SCHEMA, read_recipe
 from marrow.core.config import Recipe
+from marrow.core.flat_toml import join_key, quoted
 from marrow.core.hashes import canonical_json
 
 
@@ -46,12 +47,13 @@ def table_lines(recipe: Recipe, table: str, prefix: str, values: Mapping[str, An
     """Write the values of a table; those of a table within it under dotted keys."""
     out: list[str] = []
     for name, value in values.items():
-        if isinstance(value, dict):
-            out += table_lines(recipe, table, f"{prefix}{name}.", value)
+        key = f"{prefix}{join_key(name)}"
+        if value and isinstance(value, dict):
+            out += table_lines(recipe, table, f"{key}.", value)
             continue
-        written = f"{prefix}{name} = {toml(value)}"
+        written = f"{key} = {toml(value)}"
         comment = "# " if value is None else ""  # TOML has no way to write it
-        out.append(f"{comment + written:<44} # {recipe.origins[f'{table}.{prefix}{name}']}")
+        out.append(f"{comment + written:<44} # {recipe.origins[f'{table}.{key}']}")
     return out
 
 
@@ -61,4 +63,6 @@ def toml(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, list):
         return "[" + ", ".join(toml(item) for item in value) + "]"
+    if isinstance(value, str):
+        return quoted(value)
     return "unset" if value is None else json.dumps(value, ensure_ascii=False)

@@ -10,6 +10,9 @@ from table name to dataclass. Unknown keys are refused with file, line and "did 
 are parsed where the field's type asks for one (`Bytes`, `Duration`, `Count`); `base = "other.toml"`
 takes one parent; every value remembers where it came from. `Recipe.hash` covers the resolved
 values, never the way they were written.
+
+A field of type `Mapping[str, X]` is a table with free keys, each an X: a value, or a dataclass
+(`[data.expect.price]`). Its value is a `FrozenMap`, in the order of the keys' names.
 """
 
 import difflib
@@ -18,13 +21,24 @@ import re
 import tomllib
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from marrow.core.errors import RecipeError
-from marrow.core.flat_toml import TABLE, flatten, read_flat
+from marrow.core.flat_toml import TABLE, cut_setting, flatten, join_key, read_flat, split_key
+from marrow.core.frozen_map import FrozenMap
 from marrow.core.hashes import hash_value
 
 T = TypeVar("T")
@@ -111,17 +125,18 @@ def load_recipe(path: Path | None, schema: Mapping[str, type], overrides: Sequen
         key, value = _parse_override(override)
         _write(written, flatten(key, value), Origin(f"--set {override}"))
     for key, (value, origin) in written.items():
-        table = key.split(".")[0]
+        names = split_key(key)
+        table, name = names[0], names[-1]
         if table not in schema:
             what = "table" if value is TABLE else "key"
-            raise _unknown(what, table, list(schema), origin, _places(key.split(".")[-1], schema))
-        if key == table and value is not TABLE:
+            raise _unknown(what, table, list(schema), origin, _places(name, schema))
+        if len(names) == 1 and value is not TABLE:
             raise _wrong_type(value, "a table", key, origin, hint=f"write [{key}]")
     for table in schema:
         written.setdefault(table, (TABLE, Origin(str(path or "recipe"))))
-    origins: dict[str, Origin] = {}
-    sections = {table: _build(kind, table, written, origins, schema) for table, kind in schema.items()}
-    return Recipe(path.stem if path else "", path or Path(), sections, origins)
+    build = _Build(schema, written, _names_within(written))
+    sections = {table: build.section(kind, table) for table, kind in schema.items()}
+    return Recipe(path.stem if path else "", path or Path(), sections, build.origins)
 
 
 Written = dict[str, tuple[Any, Origin]]
@@ -152,9 +167,9 @@ def _write(
 ) -> None:
     """Lay entries over those that are there, with the tables that their keys imply."""
     for key, value in entries:
-        parts = key.split(".")
+        parts = split_key(key)
         for i in range(1, len(parts)):
-            table = ".".join(parts[:i])
+            table = join_key(*parts[:i])
             if written.get(table, (None,))[0] is not TABLE:
                 written[table] = (TABLE, origin)
         if value is not TABLE or written.get(key, (None,))[0] is not TABLE:
@@ -162,53 +177,79 @@ def _write(
 
 
 def _parse_override(override: str) -> tuple[str, Any]:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
+    key, equals, text = cut_setting(override)
+    if not equals or not key:
         raise RecipeError(f"--set {override}: no value", hint="write --set table.key=value")
     try:
         value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
         value = text
-    return key.strip(), value
+    return join_key(*split_key(key)), value
 
 
-def _build(
-    kind: type, prefix: str, written: Written, origins: dict[str, Origin], schema: Mapping[str, type]
-) -> Any:
-    """Make the dataclass for one table, filling defaults and recording origins."""
-    hints = get_type_hints(kind, include_extras=True)
-    known = {f.name: f for f in fields(kind)}
-    given: dict[str, Any] = {}
-    places: dict[str, Origin] = {}
-    for key, (_, origin) in written.items():
-        if key.startswith(f"{prefix}."):
-            name = key[len(prefix) + 1 :].split(".")[0]
+def _names_within(written: Written) -> dict[str, list[str]]:
+    """Return the names that stand in each table."""
+    within: dict[str, list[str]] = {}
+    for key in written:
+        *table, name = split_key(key)
+        within.setdefault(join_key(*table), []).append(name)
+    return within
+
+
+@dataclass(frozen=True, slots=True)
+class _Build:
+    """Makes the sections from what is written, and records where each value came from."""
+
+    schema: Mapping[str, type]
+    written: Written
+    within: Mapping[str, Sequence[str]]
+    origins: dict[str, Origin] = field(default_factory=dict)
+
+    def section(self, kind: type, prefix: str) -> Any:
+        """Make the dataclass for one table, filling defaults."""
+        hints = get_type_hints(kind, include_extras=True)
+        known = {f.name: f for f in fields(kind)}
+        for name in self.within.get(prefix, ()):
             if name not in known:
-                raise _unknown(f"key in [{prefix}]", name, list(known), origin, _places(name, schema))
-    for name, field_ in known.items():
-        key = f"{prefix}.{name}"
-        if is_dataclass(hints[name]):
-            value, origin = written.get(key, (TABLE, DEFAULT))
-            if value is not TABLE:
-                raise _wrong_type(value, "a table", key, origin, hint=f"write [{key}]")
-            given[name] = _build(cast(type, hints[name]), key, written, origins, schema)
-        elif key in written:
-            value, origin = written[key]
-            given[name] = _convert(value, hints[name], key, origin)
-            origins[key] = origin
-            places[name] = origin
-        elif field_.default is MISSING and field_.default_factory is MISSING:
-            place = written.get(prefix, written[prefix.split(".")[0]])[1]
-            raise RecipeError(f"{place}: [{prefix}] needs {name}", hint=f"add {name} = ... to [{prefix}]")
-        else:
-            origins[key] = DEFAULT
-    try:
-        return kind(**given)
-    except ValueError as error:  # from __post_init__: values that do not fit together
-        named = [place for name, place in places.items() if name in str(error)] or list(places.values())
-        where = ", ".join(dict.fromkeys(str(place) for place in named[:3])) or "defaults"
-        hint = "`marrow config show` prints every value of the recipe and where it came from"
-        raise RecipeError(f"{where}: [{prefix}] {error}", hint=hint) from None
+                origin = self.written[f"{prefix}.{join_key(name)}"][1]
+                raise _unknown(f"key in [{prefix}]", name, list(known), origin, _places(name, self.schema))
+        given: dict[str, Any] = {}
+        places: dict[str, Origin] = {}
+        for name, field_ in known.items():
+            key = f"{prefix}.{name}"
+            if is_dataclass(hints[name]) or key in self.written:
+                given[name] = self.value(hints[name], key)
+                places |= {name: self.origins[key]} if key in self.origins else {}
+            elif field_.default is MISSING and field_.default_factory is MISSING:
+                place = self.written.get(prefix, self.written[split_key(prefix)[0]])[1]
+                raise RecipeError(f"{place}: [{prefix}] needs {name}", hint=f"add {name} = ... to [{prefix}]")
+            else:
+                self.origins[key] = DEFAULT
+        try:
+            return kind(**given)
+        except ValueError as error:  # from __post_init__: values that do not fit together
+            places = {name: place for name, place in places.items() if place is not DEFAULT}
+            named = [place for name, place in places.items() if name in str(error)] or list(places.values())
+            where = ", ".join(dict.fromkeys(str(place) for place in named[:3])) or "defaults"
+            hint = "`marrow config show` prints every value of the recipe and where it came from"
+            raise RecipeError(f"{where}: [{prefix}] {error}", hint=hint) from None
+
+    def value(self, hint: Any, key: str) -> Any:
+        """Make the value of one key: a table within the table, a table with free keys, or a plain one."""
+        value, origin = self.written.get(key, (TABLE, DEFAULT))
+        free = get_origin(hint) is Mapping
+        if not free and not is_dataclass(hint):
+            self.origins[key] = origin
+            return _convert(value, hint, key, origin)
+        if value is not TABLE:
+            raise _wrong_type(value, "a table", key, origin, hint=f"write [{key}]")
+        if not free:
+            return self.section(cast(type, hint), key)
+        item = get_args(hint)[1]
+        names = sorted(self.within.get(key, ()))
+        if not names:
+            self.origins[key] = origin
+        return FrozenMap((name, self.value(item, f"{key}.{join_key(name)}")) for name in names)
 
 
 def _places(name: str, schema: Mapping[str, type]) -> list[str]:
@@ -216,7 +257,7 @@ def _places(name: str, schema: Mapping[str, type]) -> list[str]:
     found = []
     for table, kind in schema.items():
         hints = get_type_hints(kind)
-        nested = {field.name: hints[field.name] for field in fields(kind) if is_dataclass(hints[field.name])}
+        nested = {f.name: hints[f.name] for f in fields(kind) if is_dataclass(hints[f.name])}
         if name in hints and name not in nested:
             found.append(f"{table}.{name}")
         found += [f"{table}.{key}" for key in _places(name, cast(Mapping[str, type], nested))]

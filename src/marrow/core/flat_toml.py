@@ -3,9 +3,13 @@
 `tomllib` gives values and no positions, so the lines are found by a second look at the text, in
 which strings and comments cannot be mistaken for keys: multi-line strings and comments are
 blanked first, and lines inside an open bracket are passed over.
+
+A flat key is written as TOML writes it: `join_key` quotes a name that is not bare, such as the
+column "price (EUR)" in `data.expect."price (EUR)".min`, and `split_key` takes it apart again.
 """
 
 import difflib
+import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -44,7 +48,8 @@ class FlatToml:
         inside = [line for name, line in self.lines.items() if name.startswith(f"{key}.")]
         if inside:
             return min(inside)
-        return self._line(key.rpartition(".")[0]) if "." in key else 1
+        parent = split_key(key)[:-1]
+        return self._line(join_key(*parent)) if parent else 1
 
 
 def read_flat(path: Path) -> FlatToml:
@@ -84,14 +89,52 @@ def flatten(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     if key:
         yield key, TABLE
     for name, item in value.items():
-        yield from flatten(f"{key}.{name}" if key else name, item)
+        yield from flatten(f"{key}.{join_key(name)}" if key else join_key(name), item)
+
+
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
+_PART = r"""(?:[\w-]+|"(?:\\.|[^"\\])*"|'[^']*')"""
+_DOTTED = rf"{_PART}(?:\s*\.\s*{_PART})*"
+
+
+def join_key(*names: str) -> str:
+    """Write names as one dotted TOML key; those that are not bare are quoted."""
+    return ".".join(name if _BARE.fullmatch(name) else quoted(name) for name in names)
+
+
+def quoted(text: str) -> str:
+    """Write a TOML string: as JSON does, but for DEL, which TOML does not take as it is."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def split_key(key: str) -> list[str]:
+    """Take a dotted key apart into its names; what is no TOML key is parted at its dots."""
+    if '"' not in key and "'" not in key:
+        return [part.strip() for part in key.split(".")]
+    try:
+        tree: Any = tomllib.loads(f"{key} = 0")
+    except tomllib.TOMLDecodeError:
+        return [part.strip().strip("\"'") for part in key.split(".")]
+    names = []
+    while isinstance(tree, dict):
+        [(name, tree)] = tree.items()
+        names.append(name)
+    return names
+
+
+def cut_setting(text: str) -> tuple[str, str, str]:
+    """Part `key=value` at the first `=` outside quotes, as `str.partition` would."""
+    if found := re.match(rf"\s*{_DOTTED}\s*(?==)", text):
+        return found[0].strip(), "=", text[found.end() + 1 :]
+    key, equals, value = text.partition("=")
+    return key.strip(), equals, value
 
 
 _BLANKED = re.compile(
     r'"""(?:\\[\s\S]|[^\\])*?"{3,5}' r"|'''[\s\S]*?'{3,5}" r'|"(?:\\.|[^"\\\n])*"' r"|'[^'\n]*'" r"|\#[^\n]*"
 )
-_HEADER = re.compile(r"^\s*\[{1,2}\s*([^\[\]]+?)\s*\]{1,2}\s*$")
-_KEY = re.compile(r"""^\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
+_HEADER = re.compile(rf"^\s*\[{{1,2}}\s*({_DOTTED})\s*\]{{1,2}}\s*$")
+_KEY = re.compile(rf"^\s*({_DOTTED})\s*=")
 _STRING = re.compile(r"\"(?:\\.|[^\"\\])*\"|'[^']*'")
 
 
@@ -122,4 +165,4 @@ def _blank(found: re.Match[str]) -> str:
 
 
 def _bare(key: str) -> str:
-    return ".".join(part.strip().strip("\"'") for part in key.split("."))
+    return join_key(*split_key(key))
