@@ -7,10 +7,15 @@
     |- DataError                    rows were read, but cannot make what was asked
     |- StoreError                   the artifact store
     |  |- ArtifactNotFound          no artifact answers to that name
+    |  |- StaleVersion              a branch was moved by someone else meanwhile
+    |  |- MergeConflict             two branches changed the same files differently
+    |  |- UnsavedFiles              files of the user would be overwritten
+    |  |- Conflict                  another writer was first
     |  `- DamagedBlob               bytes on disk do not match their hash
     |- ResourceError                the machine said no
     |  |- DiskFull                  no space left
     |  |- NotPermitted              no permission
+    |  |- Unreachable               a remote endpoint does not answer, or not in time
     |  `- PortInUse                 the address is taken
     |- ModelError                   a config, checkpoint or model folder is unusable
     |- TrainError                   the run cannot go on (NaN loss, ...)
@@ -67,6 +72,22 @@ class ArtifactNotFound(StoreError):
     """No artifact answers to that name."""
 
 
+class Conflict(StoreError):
+    """Another writer was first."""
+
+
+class StaleVersion(StoreError):
+    """A branch was moved by someone else meanwhile."""
+
+
+class MergeConflict(StoreError):
+    """Two branches changed the same files differently."""
+
+
+class UnsavedFiles(StoreError):
+    """Files of the user would be overwritten or deleted."""
+
+
 class DamagedBlob(StoreError):
     """Bytes on disk do not match their hash."""
 
@@ -81,6 +102,10 @@ class DiskFull(ResourceError):
 
 class NotPermitted(ResourceError):
     """The operating system refuses access."""
+
+
+class Unreachable(ResourceError):
+    """A remote endpoint does not answer, or not in time."""
 
 
 class PortInUse(ResourceError):
