@@ -14,11 +14,13 @@ import signal
 import subprocess
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from object_server import CREDENTIALS, DIRECT, FaultProxy, S3Server
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM_FLAGS = (
@@ -260,3 +262,38 @@ def browser(chromium: DevTools) -> Iterator[Browser]:
         yield tab
     finally:
         tab.close()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """Start one real S3 server for this test process."""
+    server = S3Server()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def s3_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Set credentials that mean nothing; `setenv("AWS_ENDPOINT_URL", ...)` says where S3 is."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in {**CREDENTIALS, **DIRECT}.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+@pytest.fixture
+def bucket(s3_server: S3Server, s3_environment: pytest.MonkeyPatch) -> str:
+    """Give an empty bucket of the real S3 server as s3://..., reached through AWS_ENDPOINT_URL."""
+    s3_environment.setenv("AWS_ENDPOINT_URL", s3_server.url)
+    return s3_server.make_bucket(f"bucket-{uuid.uuid4().hex[:12]}")
+
+
+@pytest.fixture
+def fault_proxy(s3_server: S3Server, bucket: str, s3_environment: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """Put a proxy that can break things between `bucket` and whoever opens it from now on."""
+    with FaultProxy(s3_server.url) as proxy:
+        s3_environment.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield proxy
