@@ -278,3 +278,33 @@ def read_only() -> Callable[[Path], None]:
         subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
 
     return remount
+
+
+# Datasets
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Give a user's folder with small files in two folders and one too large for a pack."""
+    made = tmp_path / "folder"
+    (made / "part").mkdir(parents=True)
+    for number in range(12):
+        (made / "part" / f"{number:02d}.txt").write_text(f"text of {number}\n" * (number + 1))
+    (made / "large.bin").write_bytes(bytes(range(256)) * 1024)
+    (made / "empty").write_bytes(b"")
+    return made
+
+
+@pytest.fixture
+def versions(store: Store) -> Any:
+    from marrow.store.versions import Versions
+
+    return Versions(store)
+
+
+@pytest.fixture
+def wait_a_tick() -> Callable[[], None]:
+    """Let the file system's clock move on, so that files written before are settled."""
+    from marrow.store.folder_index import FINE_GRAIN_NS
+
+    return lambda: time.sleep(1.5e-9 * FINE_GRAIN_NS)

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import inspect, text, update
+from sqlalchemy import create_engine, inspect, text, update
 
 from marrow.core.errors import DiskFull, NotPermitted, StoreError, UsageError
 from marrow.store import tables
 from marrow.store.database import Database
+from marrow.store.store import Store
+from marrow.store.versions import Versions
 
 OPEN = """
 import sys
@@ -66,13 +68,14 @@ def test_an_error_inside_a_write_undoes_all_of_it(database: Database) -> None:
     with pytest.raises(ZeroDivisionError):
         fail()
     with database.read() as connection:
-        assert connection.execute(text("SELECT version FROM marrow_schema")).scalar_one() == 1
+        version = connection.execute(text("SELECT version FROM marrow_schema")).scalar_one()
+        assert version == tables.SCHEMA_VERSION
 
 
 def test_a_newer_schema_is_refused_with_a_hint(home: Path, database: Database, catalog_url: str) -> None:
     with database.write() as connection:
         connection.execute(update(tables.schema).values(version=tables.SCHEMA_VERSION + 1))
-    with pytest.raises(StoreError, match="schema version 2, this Marrow knows up to 1") as caught:
+    with pytest.raises(StoreError, match="schema version 3, this Marrow knows up to 2") as caught:
         Database(home, catalog_url)
     assert caught.value.hint is not None and "upgrade" in caught.value.hint
 
@@ -181,7 +184,49 @@ def test_readers_are_not_stopped_by_a_writer(home: Path) -> None:
     other.execute("BEGIN IMMEDIATE")
     other.execute("UPDATE marrow_schema SET version = 9")
     with database.read() as connection:
-        assert connection.execute(text("SELECT version FROM marrow_schema")).scalar_one() == 1
+        version = connection.execute(text("SELECT version FROM marrow_schema")).scalar_one()
+        assert version == tables.SCHEMA_VERSION
     other.execute("ROLLBACK")
     other.close()
+    database.close()
+
+
+def make_old(url: str) -> None:
+    """Turn a catalog into one of schema version 1, which had neither of the two tables."""
+    engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    with engine.begin() as connection:
+        for table in ("absent", "refs"):
+            connection.execute(text(f"DROP TABLE {table}"))
+        connection.execute(text("UPDATE marrow_schema SET version = 1"))
+    engine.dispose()
+
+
+def test_a_catalog_of_version_1_opens_and_keeps_its_artifacts(
+    home: Path, catalog_url: str, fill: Callable[..., Path]
+) -> None:
+    with Store.open(home, catalog=catalog_url) as store:
+        kept = store.publish("export", "k" * 64, fill(a="kept"), facts={"rows": 3})
+        store.name(kept, "model")
+    make_old(catalog_url)
+    with Store.open(home, catalog=catalog_url) as store:
+        assert store.resolve("model@1") == kept
+        assert store.view(kept).joinpath("a").read_text() == "kept"
+        assert store.refs.all() == []
+        assert Versions(store).commit(fill(b="new"), "d").version.label == "d@1"
+        assert store.verify(kept) == ()
+
+
+def test_two_processes_upgrade_one_catalog(home: Path, catalog_url: str, spawn: Callable[..., Any]) -> None:
+    Database(home, catalog_url).close()
+    make_old(catalog_url)
+    children = [spawn(OPEN, home, catalog_url) for _ in range(2)]
+    for child in children:
+        assert child.line() == "ready"
+    for child in children:
+        child.go()
+    for child in children:
+        child.result()
+    database = Database(home, catalog_url)
+    with database.read() as connection:
+        assert set(inspect(connection).get_table_names()) == set(tables.metadata.tables)
     database.close()

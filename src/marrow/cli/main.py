@@ -4,14 +4,13 @@ stdout is data, stderr is talk. Exit status: 0 done, 1 failed, 2 asked wrongly, 
 `marrow --help` loads neither rich nor torch: the table below is all it reads.
 """
 
-import difflib
-import importlib
 import os
 import sys
 
 import click
 
 from marrow import __version__
+from marrow.cli.verbs import Verbs
 from marrow.core.errors import Interrupted, MarrowError
 
 # PERF: libgomp's waiting threads spin 300,000 times before they sleep. Beside another busy process even
@@ -19,8 +18,9 @@ from marrow.core.errors import Interrupted, MarrowError
 # there, and no slower on an idle machine (83 ms; at once asleep: 147 ms). Read when torch loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-VERBS = {  # verb: (module that holds a click command named `command`, what it does)
+VERBS = {  # verb: (module, what it does)
     "run": ("marrow.cli.run", "Run a recipe: raw rows in, a served and measured model out."),
+    "data": ("marrow.cli.data", "Version, compare, check and query datasets."),
     "serve": ("marrow.cli.serve", "Serve a model over HTTP (OpenAI API), with a page at /."),
     "complete": ("marrow.cli.complete", "Type a beginning and watch a model go on."),
     "chat": ("marrow.cli.chat", "Talk with a chat-tuned model."),
@@ -33,37 +33,7 @@ VERBS = {  # verb: (module that holds a click command named `command`, what it d
 }
 
 
-class Verbs(click.Group):
-    """A click group whose commands are imported when they are called."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the verbs in the order of the stack."""
-        return list(VERBS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the one verb that is asked for."""
-        if cmd_name not in VERBS:
-            return None
-        command: click.Command = importlib.import_module(VERBS[cmd_name][0]).command
-        return command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the verb; say which one was probably meant."""
-        if args and args[0] not in VERBS:
-            close = difflib.get_close_matches(args[0], VERBS, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            ctx.fail(f"No such command {args[0]!r}.{hint}")
-        return super().resolve_command(ctx, args)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the verbs from the table, importing none."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(verb, text) for verb, (_, text) in VERBS.items()])
-
-
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Verbs, table=VERBS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="marrow")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:

@@ -20,7 +20,7 @@ from marrow.core.errors import ArtifactNotFound, StoreError
 from marrow.core.hashes import canonical_json
 from marrow.core.records import Artifact, FileEntry, Parent
 from marrow.store.database import Database
-from marrow.store.tables import artifacts, edges, files, names
+from marrow.store.tables import artifacts, edges, files, names, refs
 
 MIN_PREFIX = 4
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -63,22 +63,7 @@ class Catalog:
         Raises: ArtifactNotFound if a parent is unknown.
         """
         with self._database.write() as connection:
-            if known := _load(connection, [artifact.id]):
-                return known[0]
-            wanted = {parent.artifact_id for parent in artifact.parents}
-            present = set(
-                connection.scalars(select(artifacts.c.id).where(artifacts.c.id.in_(sorted(wanted))))
-            )
-            if missing := sorted(wanted - present):
-                raise ArtifactNotFound(f"{artifact.kind}: no artifact {missing[0][:12]} to be its parent")
-            connection.execute(insert(artifacts), _row(artifact))
-            if artifact.files:
-                connection.execute(insert(files), [_file_row(artifact.id, file) for file in artifact.files])
-            if artifact.parents:
-                connection.execute(
-                    insert(edges), [_edge_row(artifact.id, i, p) for i, p in enumerate(artifact.parents)]
-                )
-        return artifact
+            return add_artifact(connection, artifact)
 
     def get(self, artifact_id: str) -> Artifact:
         """Return the artifact of that full id. Raises: ArtifactNotFound."""
@@ -134,22 +119,14 @@ class Catalog:
 
         Raises: StoreError for a text that cannot be a name; ArtifactNotFound.
         """
-        if not _NAME.fullmatch(name):
-            raise StoreError(
-                f"{name!r} cannot be a name", hint="letters, digits, '.', '_' and '-', at most 100 of them"
-            )
-        newest = select(names.c.version, names.c.artifact_id).where(names.c.name == name)
-        newest = newest.order_by(names.c.version.desc()).limit(1)
+        check_name(name)
         with self._database.write() as connection:
-            if connection.scalar(select(artifacts.c.id).where(artifacts.c.id == artifact_id)) is None:
-                raise ArtifactNotFound(f"no artifact {artifact_id[:12]} to name {name!r}", hint=_LIST)
-            last = connection.execute(newest).first()
-            if last is not None and last.artifact_id == artifact_id:
-                return int(last.version)
-            version = 1 if last is None else int(last.version) + 1
-            row = {"name": name, "version": version, "artifact_id": artifact_id, "created_s": time.time()}
-            connection.execute(insert(names), row)
-        return version
+            if connection.scalar(select(refs.c.kind).where(refs.c.name == name)) is not None:
+                raise StoreError(
+                    f"{name!r} is the name of a dataset: only its own commits add versions to it",
+                    hint="give the recipe or the dataset another name",
+                )
+            return add_name(connection, artifact_id, name)
 
     def names(self, *, artifact_id: str | None = None, name: str | None = None) -> list[NamedVersion]:
         """Return versions of names (of one artifact, of one name), in order."""
@@ -211,6 +188,45 @@ class Catalog:
 
 
 _LIST = "give a name, or the first digits of an id"
+
+
+def check_name(name: str) -> None:
+    """Raise StoreError for a text that cannot be a name."""
+    if not _NAME.fullmatch(name):
+        raise StoreError(
+            f"{name!r} cannot be a name", hint="letters, digits, '.', '_' and '-', at most 100 of them"
+        )
+
+
+def add_artifact(connection: Connection, artifact: Artifact) -> Artifact:
+    """Add an artifact within a transaction, as `Catalog.add` does."""
+    if known := _load(connection, [artifact.id]):
+        return known[0]
+    wanted = {parent.artifact_id for parent in artifact.parents}
+    present = set(connection.scalars(select(artifacts.c.id).where(artifacts.c.id.in_(sorted(wanted)))))
+    if missing := sorted(wanted - present):
+        raise ArtifactNotFound(f"{artifact.kind}: no artifact {missing[0][:12]} to be its parent")
+    connection.execute(insert(artifacts), _row(artifact))
+    if artifact.files:
+        connection.execute(insert(files), [_file_row(artifact.id, file) for file in artifact.files])
+    if artifact.parents:
+        rows = [_edge_row(artifact.id, i, p) for i, p in enumerate(artifact.parents)]
+        connection.execute(insert(edges), rows)
+    return artifact
+
+
+def add_name(connection: Connection, artifact_id: str, name: str) -> int:
+    """Give an artifact the next version of a name within a transaction, as `Catalog.name` does."""
+    if connection.scalar(select(artifacts.c.id).where(artifacts.c.id == artifact_id)) is None:
+        raise ArtifactNotFound(f"no artifact {artifact_id[:12]} to name {name!r}", hint=_LIST)
+    newest = select(names.c.version, names.c.artifact_id).where(names.c.name == name)
+    last = connection.execute(newest.order_by(names.c.version.desc()).limit(1)).first()
+    if last is not None and last.artifact_id == artifact_id:
+        return int(last.version)
+    version = 1 if last is None else int(last.version) + 1
+    row = {"name": name, "version": version, "artifact_id": artifact_id, "created_s": time.time()}
+    connection.execute(insert(names), row)
+    return version
 
 
 def _load(connection: Connection, artifact_ids: Iterable[str]) -> list[Artifact]:

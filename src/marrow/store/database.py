@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, insert, inspect, select, text
+from sqlalchemy import Connection, Engine, create_engine, event, insert, inspect, select, text, update
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -76,7 +76,7 @@ class Database:
         self._engine.dispose()
 
     def _prepare(self, lock_path: Path) -> None:
-        """Make the schema if it is not there; refuse a newer one."""
+        """Make the schema if it is not there, bring an older one up to date, refuse a newer one."""
         version = self._version()
         if version is None:
             # Switching a new file to WAL does not honour the busy timeout, hence a lock.
@@ -87,6 +87,12 @@ class Database:
                     if not inspect(connection).has_table(tables.schema.name):
                         tables.metadata.create_all(connection)
                         connection.execute(insert(tables.schema).values(version=tables.SCHEMA_VERSION))
+            version = self._version()
+        if version is not None and version < tables.SCHEMA_VERSION:
+            # So far every version only added tables. One transaction: killed in it, nothing happened.
+            with FileLock(lock_path, doing="upgrading the catalog"), self.write() as connection:
+                tables.metadata.create_all(connection)
+                connection.execute(update(tables.schema).values(version=tables.SCHEMA_VERSION))
             version = self._version()
         if version != tables.SCHEMA_VERSION:
             raise StoreError(

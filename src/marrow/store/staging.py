@@ -6,6 +6,7 @@ Everything is on one file system with the blobs, so publishing is a rename.
 """
 
 import shutil
+import threading
 import uuid
 from pathlib import Path
 
@@ -16,16 +17,21 @@ _LOCK = ".lock"
 
 
 class Staging:
-    """Gives fresh paths under a folder that only this owner writes. Made at first use."""
+    """Gives fresh paths under a folder that only this owner writes. Made at first use; safe from threads."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._folder: Path | None = None
         self._lock: FileLock | None = None
         self._next = 0
+        self._mutex = threading.Lock()
 
     def new(self) -> Path:
         """Return a path that does not exist yet, in this owner's folder."""
+        with self._mutex:
+            return self._new()
+
+    def _new(self) -> Path:
         if self._folder is None:
             folder = self._root / uuid.uuid4().hex[:16]
             lock = FileLock(folder.with_suffix(_LOCK), doing="writing to the store")

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from marrow.core.errors import explain_os_errors
 from marrow.core.hashes import hash_sources, hash_value
@@ -103,15 +103,45 @@ class StepResult:
     ledger: Mapping[str, Any]
 
 
-def run_step(store: Store, step: Step, *, say: Say = lambda _: None, recipe_hash: str = "") -> StepResult:
+class Watcher(Protocol):
+    """Is told of steps as they begin and end; must not raise."""
+
+    def started(self, step: Step) -> None:
+        """Take note that a step begins."""
+
+    def ended(self, step: Step, result: StepResult | None, error: BaseException | None) -> None:
+        """Take note of a step's result, or of the error that ended it."""
+
+
+def run_step(
+    store: Store,
+    step: Step,
+    *,
+    say: Say = lambda _: None,
+    recipe_hash: str = "",
+    watcher: Watcher | None = None,
+) -> StepResult:
     """Return the step's artifact, from the cache if it is there and intact, else by building it.
 
     Of two processes that run the same step at once one builds and the other waits, then reads.
     Args: say: called with a sentence for the user: a wait, a damaged blob. recipe_hash: noted with
-        what is built, no part of the key.
+        what is built, no part of the key. watcher: told when the step begins and how it ends.
     Raises: whatever the build raises (its `work` folder stays); DamagedBlob if a parent is
         damaged; DiskFull, NotPermitted.
     """
+    if watcher is None:
+        return _run_step(store, step, say, recipe_hash)
+    watcher.started(step)
+    try:
+        result = _run_step(store, step, say, recipe_hash)
+    except BaseException as error:
+        watcher.ended(step, None, error)
+        raise
+    watcher.ended(step, result, None)
+    return result
+
+
+def _run_step(store: Store, step: Step, say: Say, recipe_hash: str) -> StepResult:
     started_s = time.perf_counter()
     key = step.key()
     artifact = store.find_key(key)

@@ -2,8 +2,10 @@
 
     home
     |- blobs/ab/cd/...      content, by SHA-256
+    |- packs/...            small files of datasets, many in one
     |- views/<id>/...       an artifact as a folder of relative symlinks to its blobs
     |- work/<key>/          what an unfinished step keeps between attempts
+    |- indexes/             what is known of users' folders, so that unchanged files are not read
     `- staging/, locks/, damaged/, catalog.sqlite
 
 Publishing moves a folder's files to blobs, then adds artifact, files and edges in one
@@ -27,8 +29,12 @@ from marrow.core.hashes import canonical_json, hash_value
 from marrow.core.records import Artifact, FileEntry, Parent
 from marrow.store.blobs import Blobs, Freed
 from marrow.store.catalog import Catalog
+from marrow.store.contents import Contents
 from marrow.store.database import Database
+from marrow.store.dataset import entries_of, fill_folder, is_dataset, live_digests, make_view
 from marrow.store.lock import FileLock, Say
+from marrow.store.packs import Packs
+from marrow.store.refs import Refs
 from marrow.store.runs import Runs
 from marrow.store.staging import Staging
 from marrow.store.version import code_version
@@ -37,15 +43,19 @@ WORK_KEPT_S = 14 * 86_400.0
 
 
 class Store:
-    """An open store. `blobs`, `catalog` and `runs` are its parts, all public."""
+    """An open store. Its parts are public: `blobs`, `contents`, `catalog`, `refs`, `runs`."""
 
     def __init__(self, home: Path, url: str | None = None) -> None:
         self.home = home
         self._locks = home / "locks"
         self.staging = Staging(home / "staging")
         self.blobs = Blobs(home / "blobs", home / "damaged", self.staging)
+        self.contents = Contents(
+            self.blobs, Packs(home / "packs", home / "damaged", self.staging), self.staging
+        )
         self._database = Database(home, url)
         self.catalog = Catalog(self._database)
+        self.refs = Refs(self._database)
         self.runs = Runs(self._database, self._locks)
 
     @classmethod
@@ -106,7 +116,7 @@ class Store:
             ArtifactNotFound (unknown parent), DiskFull, NotPermitted.
         """
         facts = _checked(facts or {}, kind)
-        with self._no_collection(), explain_os_errors(f"publish {kind}", folder):
+        with self.no_collection(), explain_os_errors(f"publish {kind}", folder):
             files = tuple(self._store_files(folder))
             artifact = Artifact(
                 id=artifact_id(kind, key, parents, files),
@@ -151,14 +161,25 @@ class Store:
     def view(self, artifact: Artifact) -> Path:
         """Return a folder with the artifact's files: symlinks to blobs, all verified just now.
 
+        Of a dataset version these are the dataset's files; its small ones are copies.
         Raises: DamagedBlob. The folder is read-only by convention, and stays.
         """
+        if is_dataset(artifact):
+            return self._view_dataset(artifact)
         for file in artifact.files:
             self.blobs.path(file.sha256)
         folder = self.home / "views" / artifact.id
         if not self._is_view(folder, artifact):
             with explain_os_errors("make a view of an artifact", folder):
                 self._make_view(folder, artifact)
+        return folder
+
+    def _view_dataset(self, artifact: Artifact) -> Path:
+        folder = self.home / "views" / artifact.id
+        lock = FileLock(self._locks / f"view-{artifact.id}.lock", doing="making a view")
+        with self.no_collection(), lock:
+            self.contents.packs.refresh()
+            make_view(self.contents, artifact, folder, self.home / "blobs")
         return folder
 
     def checkout(self, artifact: Artifact, folder: Path) -> Path:
@@ -170,6 +191,11 @@ class Store:
             raise StoreError(f"{folder} is not empty", hint="give a folder that does not exist yet")
         folder = folder.absolute()
         with explain_os_errors("copy an artifact", folder), atomic_folder(folder) as temporary:
+            if is_dataset(artifact):
+                with self.no_collection():
+                    self.contents.packs.refresh()
+                    fill_folder(self.contents, entries_of(self.contents, artifact), temporary)
+                return folder
             for file in artifact.files:
                 target = temporary / file.name
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -198,10 +224,21 @@ class Store:
             self.discard_work(key)
             lock.release()
 
-    def collect(self, *, work_kept_s: float = WORK_KEPT_S) -> Freed:
-        """Remove blobs that no artifact refers to; after that long also work folders and damaged blobs."""
-        with FileLock(self._locks / "collect.lock", doing="collecting garbage"):
-            freed = self.blobs.collect(self.catalog.blobs())
+    def collect(self, *, work_kept_s: float = WORK_KEPT_S, say: Say | None = None) -> Freed:
+        """Remove files that nothing refers to; after that long also work folders and damaged blobs.
+
+        The files of dataset versions that no branch, tag or later step needs go too; their manifests
+        and lineage stay. Waits for those who publish or read.
+        Raises: DamagedBlob if a manifest is damaged: then nothing is removed.
+        """
+        with FileLock(self._locks / "collect.lock", doing="collecting garbage", say=say):
+            live, unneeded = live_digests(self.catalog, self.refs, self.contents)
+            self.refs.mark_absent(
+                unneeded
+            )  # first: killed after it, a version is at worst said to lack files
+            freed = self.contents.collect(live | self.catalog.blobs())
+            for artifact_id in unneeded:
+                shutil.rmtree(self.home / "views" / artifact_id, ignore_errors=True)
         for folder in sorted((self.home / "work").glob("*")):
             lock = self.step_lock(folder.name)
             if time.time() - _last_change(folder) > work_kept_s and lock.try_acquire():
@@ -212,8 +249,8 @@ class Store:
                 path.unlink(missing_ok=True)
         return freed
 
-    def _no_collection(self) -> FileLock:
-        """Keep `collect` away while blobs lie here that no artifact refers to yet."""
+    def no_collection(self) -> FileLock:
+        """Keep `collect` away: while blobs lie here that no artifact refers to yet, or files are read."""
         return FileLock(self._locks / "collect.lock", shared=True)
 
     def _store_files(self, folder: Path) -> list[FileEntry]:

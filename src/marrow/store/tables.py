@@ -3,6 +3,8 @@
     artifacts --< files                 what an artifact consists of, by blob
     artifacts --< edges >-- artifacts   child used parent as role
     artifacts --< names                 name@version -> artifact
+    artifacts --< refs                  branches and tags of datasets: where they stand
+    artifacts --< absent                dataset versions whose files are not kept here
     runs --< run_steps                  what a run did, in order
     runs --< points                     metric values over steps
 
@@ -21,7 +23,8 @@ from sqlalchemy import (
     Text,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2 added refs and absent; a catalog of version 1 gets them when it is opened."""
 
 metadata = MetaData()
 
@@ -70,6 +73,25 @@ names = Table(
     Column("version", Integer, primary_key=True, autoincrement=False),
     Column("artifact_id", Text, ForeignKey("artifacts.id"), nullable=False, index=True),
     Column("created_s", Float(53), nullable=False),
+    sqlite_with_rowid=False,
+)
+
+# A branch moves by compare-and-swap on artifact_id, its new version of `names` in the same transaction.
+refs = Table(
+    "refs",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("artifact_id", Text, ForeignKey("artifacts.id"), nullable=False, index=True),
+    Column("updated_s", Float(53), nullable=False),
+    sqlite_with_rowid=False,
+)
+
+absent = Table(
+    "absent",
+    metadata,
+    Column("artifact_id", Text, ForeignKey("artifacts.id"), primary_key=True),
+    Column("since_s", Float(53), nullable=False),
     sqlite_with_rowid=False,
 )
 
