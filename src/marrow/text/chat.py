@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from marrow.core.errors import ModelError, RequestError, explain_os_errors
-from marrow.text.special import BOS, EOS, PAD, SPECIAL_TOKENS, TURN_END, TURN_START
+from marrow.text.special import BOS, EOS, PAD, TURN_END, TURN_START
 from marrow.text.tokenizer import Tokenizer
 
 CHATML = (
@@ -37,10 +38,7 @@ CHATML = (
 )
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: no text for interchange holds them
-_HIDDEN = (*SPECIAL_TOKENS, _OPEN, _CLOSE)
-_HIDE = re.compile("|".join(map(re.escape, _HIDDEN)))
 _FIND = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
-_MARK = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")")
 
 
 class ChatTemplate:
@@ -107,25 +105,33 @@ class ChatTemplate:
         self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, answer: bool = True
     ) -> list[int]:
         """Turn a chat into ids; marks in what was said stay text. Args, Raises: as `render`."""
-        text = self.render([_hide(message) for message in messages], answer=answer)
+        marks = tokenizer.specials.ids
+        hidden = (*sorted(marks, key=len, reverse=True), _OPEN, _CLOSE)  # the longest first: <|a|> in <|a|>b
+        hide = _any_of(hidden)
+        text = self.render([_hide(message, hide, hidden) for message in messages], answer=answer)
         ids: list[int] = []
-        for index, part in enumerate(_MARK.split(text)):  # text, mark, text, mark, ..., text
+        for index, part in enumerate(_any_of(hidden[:-2]).split(text)):  # text, mark, ..., mark, text
             if index % 2:
-                ids.append(SPECIAL_TOKENS.index(part))
+                ids.append(marks[part])
             else:
-                ids += tokenizer.encode(_FIND.sub(lambda found: _HIDDEN[int(found[1])], part))
+                ids += tokenizer.encode(_FIND.sub(lambda found: hidden[int(found[1])], part))
         return ids
 
 
-def _hide(value: Any) -> Any:
+def _hide(value: Any, hide: re.Pattern[str], hidden: Sequence[str]) -> Any:
     """Put special strings out of sight, in all texts of a message."""
     if isinstance(value, str):
-        return _HIDE.sub(lambda found: f"{_OPEN}{_HIDDEN.index(found[0])}{_CLOSE}", value)
+        return hide.sub(lambda found: f"{_OPEN}{hidden.index(found[0])}{_CLOSE}", value)
     if isinstance(value, Mapping):
-        return {key: _hide(item) for key, item in value.items()}
+        return {key: _hide(item, hide, hidden) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_hide(item) for item in value]
+        return [_hide(item, hide, hidden) for item in value]
     return value
+
+
+@lru_cache(maxsize=16)
+def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("(" + "|".join(map(re.escape, texts)) + ")")
 
 
 def _text_of(token: Any) -> str:
