@@ -13,8 +13,9 @@ import pytest
 
 from marrow.core.errors import DataError
 from marrow.data.clean import DOCUMENT_SCHEMA, clean
-from marrow.data.config import DataRecipe, DedupRecipe, QualityRecipe
+from marrow.data.config import DataRecipe, DedupRecipe
 from marrow.data.ingest import ingest
+from marrow.data.quality_config import QualityRecipe
 from marrow.data.stdlib import stdlib_folder
 
 WORDS = ["".join(letters) for letters in itertools.product("bdklmnrst", "aeiou", "bdklmnrst", "aeiou")]

@@ -10,16 +10,18 @@ from hypothesis import strategies as st
 
 from marrow.core.errors import SourceError
 from marrow.data import delimited
-from marrow.data.delimited import Tally, read_delimited
+from marrow.data.delimited import Tally
 from marrow.data.dialect import sniff, unique_names
-from marrow.data.sources import Broken, SourceFile, open_bytes
+from marrow.data.formats import read_file
+from marrow.data.source_file import SourceFile, compression_of
+from marrow.data.streams import Broken, open_bytes
 
 # A cell in which something may go wrong: quotes, delimiters, newlines, wide characters, blanks.
 CELL = st.text(st.sampled_from("ab1 ,;\t|\"\n'\\é漢😀"), max_size=8)
 
 
 def source_file(path: Path) -> SourceFile:
-    return SourceFile(path, path.name, "csv", path.suffix == ".gz", path.stat().st_size)
+    return SourceFile(str(path), path.name, "csv", compression_of(path.name), path.stat().st_size)
 
 
 def read(path: Path) -> tuple[list[tuple[str, ...]], list[int], list[Broken], Tally]:
@@ -27,9 +29,9 @@ def read(path: Path) -> tuple[list[tuple[str, ...]], list[int], list[Broken], Ta
     lines: list[int] = []
     broken: list[Broken] = []
     tally = Tally()
-    for batch, lines_N in read_delimited(source_file(path), tally, broken.append):
-        rows += zip(*(column.to_pylist() for column in batch.columns), strict=True)
-        lines += lines_N.tolist()
+    for records in read_file(source_file(path), tally, broken.append):
+        rows += zip(*(column.to_pylist() for column in records.batch.columns), strict=True)
+        lines += records.lines.tolist()
     assert tally.num_rows == len(rows) and tally.num_broken == len(broken)
     return rows, lines, broken, tally
 
@@ -113,7 +115,7 @@ def test_an_open_quote_in_the_last_line_is_broken_but_a_closed_one_over_lines_is
 
 def test_a_record_larger_than_a_block_is_read_and_one_above_the_limit_is_broken(tmp_path, monkeypatch):
     monkeypatch.setattr(delimited, "BLOCK_BYTES", 1 << 12)
-    monkeypatch.setattr("marrow.data.resync.MAX_RECORD_BYTES", 1 << 15)
+    monkeypatch.setattr("marrow.data.delimited.MAX_RECORD_BYTES", 1 << 15)
     path = tmp_path / "a.csv"
     big, huge = "x\n" * 5000, "y" * (1 << 16)
     path.write_text(f'a,b\n1,"{big}"\n2,"{huge}"\n3,z\n4,w\n')

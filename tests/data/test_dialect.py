@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 
 from marrow.core.errors import SourceError
 from marrow.data.dialect import DELIMITERS, Dialect, sniff
-from marrow.data.sources import SourceFile, open_bytes
+from marrow.data.source_file import SourceFile
+from marrow.data.streams import open_bytes
 
 WORDS = st.text(st.sampled_from("abcxyz é漢'"), min_size=1, max_size=6)
 
 
 def sniffed(path: Path, data: bytes) -> Dialect | None:
     path.write_bytes(data)
-    file = SourceFile(path, path.name, "csv", False, len(data))
+    file = SourceFile(str(path), path.name, "csv", "", len(data))
     with open_bytes(file) as stream:
         return sniff(file, stream)
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marrow.data.config import QualityRecipe
 from marrow.data.quality import digit_share, judge, repeated_share, rules_of, table_share
+from marrow.data.quality_config import QualityRecipe
 
 RULES = rules_of(QualityRecipe())
 PROSE = "It was a bright cold day in April, and the clocks were striking thirteen. " * 1

@@ -1,5 +1,5 @@
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from marrow.core.config import load_recipe
 from marrow.core.errors import DataError, DiskFull, RecipeError, SourceError
 from marrow.core.hashes import check_file, hash_file
+from marrow.data import shards as shards_module
+from marrow.data.engine import INLINE, Engine, Processes, Threads
 from marrow.data.manifest import Manifest
 from marrow.data.shards import train_tokenizer, write_shards
 from marrow.data.shards_config import ShardsRecipe
@@ -304,3 +306,79 @@ def test_a_missing_manifest_is_a_clear_error(tmp_path: Path) -> None:
 
 def test_dtype_is_one_that_numpy_reads(shards: Path) -> None:
     assert np.dtype(Manifest.read(shards).dtype) == np.uint16
+
+
+# Engines
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    texts=st.lists(st.text(st.sampled_from("ab \n(é😀"), max_size=80), min_size=1, max_size=30),
+    row_group_size=st.integers(1, 9),
+)
+def test_every_engine_writes_the_same_bytes(
+    tmp_path_factory: pytest.TempPathFactory,
+    tokenizer_folder: Path,
+    engines: dict[str, Engine],
+    texts: list[str],
+    row_group_size: int,
+) -> None:
+    tmp = tmp_path_factory.mktemp("engines")
+    split = write_split(tmp / "split", texts, row_group_size)
+    written = {}
+    for name, engine in engines.items():
+        (tmp / name).mkdir()
+        recipe = ShardsRecipe(context=8, shard_bytes=200)
+        facts = write_shards(recipe, split, tokenizer_folder, tmp / name, engine=engine)
+        written[name] = [facts, {path.name: path.read_bytes() for path in (tmp / name).iterdir()}]
+    assert written["threads"] == written["inline"]
+    assert written["processes"] == written["inline"]
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[dict[str, Engine]]:
+    with Threads(3) as threads, Processes(2) as processes:
+        yield {"inline": INLINE, "threads": threads, "processes": processes}
+
+
+def test_errors_of_a_row_group_name_it_whatever_the_engine(
+    tmp_path: Path, tokenizer_folder: Path, engines: dict[str, Engine]
+) -> None:
+    split = write_split(tmp_path / "split", ["a", "b", "c", None, "e"], row_group_size=2)
+    for engine in engines.values():
+        with pytest.raises(DataError, match=r"train\.parquet: row group 1 has a document without text"):
+            write_shards(ShardsRecipe(context=8), split, tokenizer_folder, tmp_path, engine=engine)
+
+
+def test_bytes_that_are_no_utf8_are_told_with_their_place(tmp_path: Path, tokenizer_folder: Path) -> None:
+    split = write_split(tmp_path / "split", ["fine", "four"])
+    bad = pa.array([b"fine", b"f\xff"], pa.binary()).view(pa.string())
+    table = pq.read_table(split / "train.parquet").set_column(1, "text", bad)
+    pq.write_table(table, split / "train.parquet")
+    with pytest.raises(
+        DataError, match=r"row group 0 of .*train\.parquet: text 1 of 2 is no UTF-8 at byte 1"
+    ):
+        write_shards(ShardsRecipe(context=8), split, tokenizer_folder, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_columns_are_read_where_they_lie(kind: pa.DataType) -> None:
+    for values in (["", "é", "abc", ""], [], ["x"]):
+        whole = pa.array(["before", *values, "after"], kind)
+        data, offsets = shards_module._utf8(whole.slice(1, len(values)))
+        assert data.tobytes() == "".join(values).encode()
+        assert offsets.tolist() == [0, *np.cumsum([len(v.encode()) for v in values]).tolist()]
+
+
+def test_another_tokenizer_at_the_same_place_is_read_anew(tmp_path: Path) -> None:
+    """Workers keep a tokenizer, by its hash."""
+    texts = ["hello hello world world " * 9, "other words of the same text"]
+    split = write_split(tmp_path / "split", texts)
+    for vocab_size in (324, 330):
+        train_tokenizer(TokenizerRecipe(vocab_size=vocab_size), split, tmp_path)
+        write_shards(ShardsRecipe(context=16), split, tmp_path, tmp_path)
+        tokenizer = Tokenizer.load(tmp_path)
+        assert tokenizer.vocab_size == vocab_size
+        tokens = read_documents(tmp_path)
+        assert tokenizer.decode(tokens[100]) == texts[0]
+        assert len(tokens[100]) == len(tokenizer.encode(texts[0])) + 2

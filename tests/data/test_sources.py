@@ -6,7 +6,9 @@ import pytest
 
 from marrow.core.errors import NotPermitted, SourceError
 from marrow.data.config import DataRecipe
-from marrow.data.sources import find_files, fingerprint, format_of, lines_of
+from marrow.data.source_file import format_of
+from marrow.data.sources import find_files, fingerprint
+from marrow.data.streams import lines_of
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def test_a_folder_gives_its_known_files_in_order_and_counts_the_rest(folder):
     found = find_files(str(folder))
     assert [f.name for f in found.files] == ["b/two.jsonl", "notes.MD", "one.csv", "three.csv.gz"]
     assert [f.format for f in found.files] == ["jsonl", "text", "csv", "csv"]
-    assert [f.is_compressed for f in found.files] == [False, False, False, True]
+    assert [f.compression for f in found.files] == ["", "", "", "gzip"]
     assert found.skipped == {".png": 1, "no suffix": 1}
 
 
@@ -83,7 +85,7 @@ def test_the_fingerprint_follows_the_files(folder):
 
 @pytest.mark.parametrize("block", [1, 3, 1 << 20])
 def test_lines_come_whole_and_overlong_ones_are_cut_and_marked(tmp_path, monkeypatch, block):
-    monkeypatch.setattr("marrow.data.sources.BLOCK_BYTES", block)
+    monkeypatch.setattr("marrow.data.streams.BLOCK_BYTES", block)
     path = tmp_path / "a"
     path.write_bytes(b"one\n\n" + b"x" * 30 + b"\ntwo\n" + b"y" * 10 + b"\nlast")
     with path.open("rb") as stream:

@@ -9,12 +9,19 @@ Other formats bring their types. Where files disagree, the joined type is the na
 both; where there is none, it is text, and values that are no text are written as JSON.
 """
 
+import difflib
 import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
+from marrow.core.errors import SourceError
+from marrow.data.config import TYPE_ALIASES
 from marrow.data.tables import plain_type
 
 NULLS = pa.array(["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "#N/A"])
@@ -32,6 +39,40 @@ _ODD_INTEGER = r"^(?:-?0\d|\+|\s|-0$)|\s$"
 
 class SchemaGrewError(Exception):
     """A value does not fit the type that its column, the argument, was taken to have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """A row left out, for a value is not of the type asked for: its line, the column, how it begins."""
+
+    line: int
+    column: str
+    text: str
+
+
+def type_named(name: str) -> pa.DataType:
+    """Return the type that a recipe calls so (`config.TYPES`)."""
+    name = TYPE_ALIASES.get(name, name)
+    if name == "timestamp":
+        return pa.timestamp("us")
+    return pa.type_for_alias("date32" if name == "date" else name)
+
+
+def ask(schema: pa.Schema, types: Mapping[str, str]) -> pa.Schema:
+    """Put the types that a recipe asks for in place of those found.
+
+    Raises: SourceError if there is no such column.
+    """
+    for name, kind in types.items():
+        index = schema.get_field_index(name)
+        if index < 0:
+            close = difflib.get_close_matches(name, schema.names, n=1, cutoff=0.5)
+            raise SourceError(
+                f"data.types: the source has no column {name!r}",
+                hint=f"did you mean {close[0]!r}?" if close else f"its columns: {', '.join(schema.names)}",
+            )
+        schema = schema.set(index, pa.field(name, type_named(kind)))
+    return schema
 
 
 def infer_text(column: pa.Array) -> pa.DataType:
@@ -86,12 +127,66 @@ def fit(batch: pa.RecordBatch, schema: pa.Schema, *, is_text: bool) -> pa.Record
         if field.name not in batch.schema.names:
             columns.append(pa.nulls(batch.num_rows, field.type))
             continue
-        change = _parse if is_text else _convert
+        change = parse if is_text else _convert
         try:
             columns.append(change(batch.column(field.name), field.type))
         except SchemaGrewError:
             raise SchemaGrewError(field.name) from None
     return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def fit_asked(
+    batch: pa.RecordBatch, schema: pa.Schema, asked: Collection[str]
+) -> tuple[pa.RecordBatch, NDArray[np.bool_], str]:
+    """Give the columns whose type a recipe asks for that type, and leave out the rows that do not fit.
+
+    Returns: the rows that do, which ones do not (bool [N]), and the first column to blame.
+    """
+    bad_N = np.zeros(batch.num_rows, bool)
+    blamed = ""
+    for name in sorted(set(asked) & set(batch.schema.names)):
+        index = batch.schema.get_field_index(name)
+        column, bad = as_asked(batch.column(index), schema.field(name).type)
+        batch = batch.set_column(index, name, column)
+        blamed = blamed or (name if bad.any() else "")
+        bad_N |= bad
+    return batch.filter(pa.array(~bad_N)) if blamed else batch, bad_N, blamed
+
+
+def as_asked(column: pa.Array, kind: pa.DataType) -> tuple[pa.Array, NDArray[np.bool_]]:
+    """Give a column the type that a recipe asks for.
+
+    Returns: the column, null where a value does not fit, and where that is (bool [N]).
+    """
+    column = column.cast(plain_type(column.type))
+    if column.type == kind:
+        return column, np.zeros(len(column), bool)
+    if pa.types.is_string(kind):
+        return _convert(column, kind), np.zeros(len(column), bool)
+    if pa.types.is_string(column.type):
+        text = pc.utf8_trim_whitespace(column)
+        column = pc.if_else(pc.is_in(text, NULLS), pa.scalar(None, pa.string()), text)
+    pieces: list[pa.Array] = []
+    bad: list[NDArray[np.bool_]] = []
+    _cast_what_fits(column, kind, pieces, bad)
+    return pa.concat_arrays(pieces or [pa.array([], kind)]), np.concatenate([np.zeros(0, bool), *bad])
+
+
+def _cast_what_fits(
+    column: pa.Array, kind: pa.DataType, pieces: list[pa.Array], bad: list[NDArray[np.bool_]]
+) -> None:
+    """Cast a column; where that fails, its halves. Cost: O(log N) casts for each value that does not fit."""
+    try:
+        pieces.append(column.cast(kind))
+        bad.append(np.zeros(len(column), bool))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        if len(column) <= 1:
+            pieces.append(pa.nulls(len(column), kind))
+            bad.append(np.ones(len(column), bool))
+            return
+        middle = len(column) // 2
+        _cast_what_fits(column.slice(0, middle), kind, pieces, bad)
+        _cast_what_fits(column.slice(middle), kind, pieces, bad)
 
 
 def column_of(values: list[Any]) -> pa.Array:
@@ -134,7 +229,8 @@ def _parses(values: pa.Array, kind: pa.DataType) -> bool:
     return True
 
 
-def _parse(column: pa.Array, kind: pa.DataType) -> pa.Array:
+def parse(column: pa.Array, kind: pa.DataType) -> pa.Array:
+    """Read a column of text as an inferred type. Raises: SchemaGrewError if a value is none of it."""
     if pa.types.is_string(kind):
         return column
     is_null = pc.is_in(column, NULLS)

@@ -1,174 +1,232 @@
-"""Duplicates: exact ones by hash, near ones by MinHash and locality-sensitive hashing.
+"""Duplicates: exact ones by hash, near ones by MinHash and locality-sensitive hashing, out of core.
 
-A text is the set of its 5-word shingles. 128 min-wise hashes estimate the Jaccard similarity of
-two sets as the share of hashes that agree (standard deviation 0.035 at 0.8). Bands of hashes put
-likely pairs into the same bucket; the estimate then decides. Pairs count as near-duplicates from
-two standard deviations below the asked similarity, so that nearly all pairs at that similarity are
-found (the test measures it against brute force); pairs well below it are not.
+A text is the set of its 5-word shingles. Bands of its MinHash signature bring likely pairs into the
+same bucket; then the two sets themselves are compared, so a pair counts if and only if its Jaccard
+similarity is the asked one or more: no near-duplicate is an estimate (decision 0005).
 
 Near-duplicates form clusters (connected components). Dropping is more careful than clustering:
 a text goes only if a *kept* earlier text is its near-duplicate, so in a chain A~B~C only B goes,
 while A and C stay in one cluster, hence on one side of the split.
 
-Everything is a function of the texts in their order: no randomness, no workers.
+Everything is a function of the texts in their order: no randomness, whatever the workers and the
+memory. Signatures, sets and pairs lie in a work folder (`data/sketches.py`); memory holds a batch
+of texts, `memory_bytes` for sorting, and about 80 bytes a text for the answer.
+`check` measures the answer by brute force on a sample.
 Source: Broder 1997 (MinHash), Leskovec et al., Mining of Massive Datasets, chapter 3 (LSH).
 """
 
-import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import xxhash
+import pyarrow as pa
 from numpy.typing import NDArray
 
-NUM_HASHES = 128
-SHINGLE_WORDS = 5
-MAX_BUCKET_PAIRS = 16
-_CACHE_WORDS = 1 << 20
-_CHUNK = 1024
-_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\u0e00-\u0eff"
-_WORD = re.compile(rf"[^\W{_CJK}]+|[{_CJK}]")
+from marrow.core.progress import Progress, silent
+from marrow.core.span import span
+from marrow.data.buckets import Pairs, equal_keys, pairs_of
+from marrow.data.clusters import Clusters
+from marrow.data.config import DedupRecipe
+from marrow.data.engine import INLINE, Engine
+from marrow.data.sketches import Signing, Sketches, scratch, sign
+from marrow.kernels.minhash import MAX_QUERIES, NUM_HASHES, are_near, shared_counts
+
+MEMORY_BYTES = 256 << 20
+FOUND = 0.995  # share of pairs at the asked similarity that the bands must bring together
+MAX_CHECKED_SHINGLES = 50_000
+_SEED = 0x4D6172726F77
+_PAIRS = 1 << 16
+_FORCED = 1 << 17
 
 U32 = NDArray[np.uint32]
-U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
-
-
-def text_hash(text: str) -> bytes:
-    """Return the xxh3-128 of a text, white space at its ends aside: equal texts, equal hash."""
-    return xxhash.xxh3_128_digest(text.strip().encode("utf-8", "surrogatepass"))
-
-
-class Signer:
-    """Makes MinHash signatures; keeps the hashes of words it has seen."""
-
-    def __init__(self) -> None:
-        numbers = np.random.Generator(np.random.PCG64(0x4D6172726F77)).integers(
-            0, 1 << 63, size=(2, NUM_HASHES), dtype=np.uint64
-        )
-        self._multiply_K1: U64 = (numbers[0] * np.uint64(2) + np.uint64(1))[:, None]
-        self._add_K1: U64 = numbers[1][:, None]
-        self._words: dict[str, int] = {}
-
-    def shingles(self, text: str) -> U64:
-        """Return the hashes of a text's shingles, in order, repeats included; at least one."""
-        words = _WORD.findall(text)
-        if not words:
-            return np.array([xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))], np.uint64)
-        known = self._words
-        if len(known) > _CACHE_WORDS:
-            known.clear()
-        for word in set(words).difference(known):
-            known[word] = xxhash.xxh3_64_intdigest(word.encode("utf-8", "surrogatepass"))
-        hashes = np.fromiter(map(known.__getitem__, words), np.uint64, len(words))
-        count = max(1, len(words) - SHINGLE_WORDS + 1)
-        mixed = np.zeros(count, np.uint64)
-        for offset in range(min(SHINGLE_WORDS, len(words))):
-            mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + hashes[offset : offset + count]
-        mixed ^= mixed >> np.uint64(29)
-        mixed *= np.uint64(0xBF58476D1CE4E5B9)
-        return mixed ^ (mixed >> np.uint64(32))
-
-    def sign(self, text: str) -> U32:
-        """Return the MinHash signature of a text. Cost: about 0.2 ms per 1000 words."""
-        hashes = self.shingles(text)
-        lowest = np.full(NUM_HASHES, 0xFFFFFFFFFFFFFFFF, np.uint64)
-        for start in range(0, len(hashes), _CHUNK):
-            values_KN = hashes[None, start : start + _CHUNK] * self._multiply_K1
-            values_KN += self._add_K1
-            np.minimum(lowest, values_KN.min(axis=1), out=lowest)
-        return (lowest >> np.uint64(32)).astype(np.uint32)
+Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
-class NearDuplicates:
-    """Which texts are near-duplicates.
+class Check:
+    """What brute force says of a sample of texts, each compared with every text.
 
-    clusters: int64 [N], the first member of each text's cluster. duplicate_of: int64 [N], the kept
-    earlier text that a text is a near-duplicate of, or -1 if it is kept.
+    pairs: those that are near-duplicates, within the sample or with any other text. recall: the
+    share of them that came into one cluster; None without pairs. false_merges: texts of the sample
+    that were dropped for one that is no near-duplicate.
     """
 
+    texts: int
+    pairs: int
+    recall: float | None
+    false_merges: int
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicates:
+    """Which texts are duplicates; each int64 [N], by the order in which the texts came.
+
+    exact_of: the first text that is equal, or -1. near_of: the kept earlier text that a text is a
+    near-duplicate of, or -1 if it is kept or is an exact duplicate. clusters: the first member of
+    each text's cluster, exact and near duplicates alike; it is always kept.
+    """
+
+    exact_of: I64
+    near_of: I64
     clusters: I64
-    duplicate_of: I64
+    num_candidates: int
     num_pairs: int
+    check: Check
+
+    def figures(self) -> dict[str, Any]:
+        """Return what the facts of a step say."""
+        sizes = np.bincount(self.clusters, minlength=1)
+        return {
+            "texts": len(self.clusters),
+            "exact_duplicates": int((self.exact_of >= 0).sum()),
+            "near_duplicates": int((self.near_of >= 0).sum()),
+            "clusters_of_several": int((sizes > 1).sum()),
+            "largest_cluster": int(sizes.max(initial=0)),
+            "compared_pairs": self.num_candidates,
+            "near_pairs": self.num_pairs,
+            "check": asdict(self.check),
+        }
 
 
-def find_near_duplicates(signatures_NK: U32, similarity: float) -> NearDuplicates:
-    """Find near-duplicates among signatures.
+def find_duplicates(
+    texts: Iterable[pa.Array],
+    recipe: DedupRecipe,
+    work: Path,
+    *,
+    engine: Engine = INLINE,
+    memory_bytes: int = MEMORY_BYTES,
+    progress: Progress = silent,
+) -> Duplicates:
+    """Find exact and near duplicates among texts that are read once.
 
-    Args: signatures_NK: uint32 [N, 128]. similarity: Jaccard similarity, 0.5 to 0.99.
-    Cost: O(N log N) time per band, about 0.5 KiB per text in memory.
+    The first text of a kind stays; so to find what an older version has already, put its texts
+    first.
+
+    Args: texts: string arrays, such as a column of record batches; a null counts as an empty text.
+        work: a folder for the signatures; nothing stays in it. memory_bytes: for sorting.
+    Raises: DiskFull if the work folder's disk cannot hold them.
+    Cost: about 10 microseconds a text of 2 kB to sign and 2 for each comparison, one core; on disk,
+        at similarity 0.8, 0.2 KiB a text and 4 bytes for each distinct shingle, about half of the text.
     """
-    pairs = near_pairs(signatures_NK, similarity)
-    count = len(signatures_NK)
-    cluster_N = components(count, pairs)
-    duplicate_of_N = np.full(count, -1, np.int64)
-    for first, second in pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))].tolist():
-        if duplicate_of_N[second] < 0 and duplicate_of_N[first] < 0:
-            duplicate_of_N[second] = first
-    return NearDuplicates(cluster_N, duplicate_of_N, len(pairs))
-
-
-def near_pairs(signatures_NK: U32, similarity: float) -> I64:
-    """Return the pairs [M, 2] (first < second) whose estimated similarity is high enough."""
-    rows, count = band_rows(similarity), len(signatures_NK)
-    coded: I64 = np.empty(0, np.int64)  # a pair as first * N + second
-    for start in range(0, NUM_HASHES, rows):
-        first, second = _bucket_pairs(signatures_NK[:, start : start + rows])
-        coded = np.union1d(coded, first * count + second)
-    pairs: I64 = np.stack([coded // max(1, count), coded % max(1, count)], axis=1)
-    deviation = (similarity * (1 - similarity) / NUM_HASHES) ** 0.5
-    needed = (similarity - 2 * deviation) * NUM_HASHES
-    near = [
-        (signatures_NK[chunk[:, 0]] == signatures_NK[chunk[:, 1]]).sum(axis=1) >= needed
-        for chunk in np.array_split(pairs, max(1, len(pairs) // 65536))
-    ]
-    kept: I64 = pairs[np.concatenate(near)]
-    return kept
+    rows = band_rows(recipe.similarity) if recipe.near != "off" else 0
+    signing = Signing(recipe.exact, rows)
+    with scratch(work) as folder:
+        with span("signatures"), Sketches(folder, signing) as sketches:
+            for sketch in engine.map(partial(sign, signing), texts):
+                sketches.append(sketch)
+                progress(sketches.num_texts, None, "texts")
+        with span("exact duplicates"):
+            exact_of = _first_equal(sketches, ["digest-0", "digest-1"] if recipe.exact else [], memory_bytes)
+        if not rows:
+            count = sketches.num_texts
+            clusters = np.where(exact_of < 0, np.arange(count), exact_of)
+            return Duplicates(exact_of, np.full(count, -1, np.int64), clusters, 0, 0, Check(0, 0, None, 0))
+        return _find_near(sketches, recipe.similarity, exact_of, memory_bytes, progress)
 
 
 def band_rows(similarity: float) -> int:
     """Choose the hashes per band: the most that still bring 99.5 % of such pairs together."""
-    for rows in (16, 8, 4, 2):
-        if 1 - (1 - similarity**rows) ** (NUM_HASHES // rows) >= 0.995:
+    for rows in range(NUM_HASHES // 2, 1, -1):
+        if 1 - (1 - similarity**rows) ** (NUM_HASHES // rows) >= FOUND:
             return rows
     return 1
 
 
-def components(count: int, pairs: I64) -> I64:
-    """Return for each of `count` nodes the smallest node of its connected component."""
-    parent = list(range(count))
-
-    def root(node: int) -> int:
-        while parent[node] != node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
-
-    for first, second in pairs.tolist():
-        one, other = root(first), root(second)
-        if one != other:
-            parent[max(one, other)] = min(one, other)
-    return np.fromiter((root(node) for node in range(count)), np.int64, count)
+def _first_equal(sketches: Sketches, columns: list[str], memory_bytes: int) -> I64:
+    """Return for each text the first one before it whose keys are equal, or -1."""
+    first_of = np.full(sketches.num_texts, -1, np.int64)
+    if columns and sketches.num_texts:
+        keys = [sketches.column(name) for name in columns]
+        for members, begins in equal_keys(keys, sketches.folder, memory_bytes):
+            first_of[members] = members[np.repeat(begins[:-1], np.diff(begins))]
+            first_of[members[begins[:-1]]] = -1
+    return first_of
 
 
-def _bucket_pairs(band_NR: U32) -> tuple[I64, I64]:
-    """Return pairs of texts that agree in a whole band, the earlier ones and the later ones.
+def _find_near(
+    sketches: Sketches, similarity: float, exact_of: I64, memory_bytes: int, progress: Progress
+) -> Duplicates:
+    """Find near-duplicates; only the first text of each set is compared, the others go with it."""
+    count = sketches.num_texts
+    with span("duplicate candidates"):
+        twin_of = _first_equal(sketches, ["set"], memory_bytes)
+        alone = (twin_of < 0) & (exact_of < 0)
+        pairs = Pairs(sketches.folder, count, memory_bytes)
+        bands = [name for name in sketches.signing.columns() if name.startswith("band") and count]
+        for done, name in enumerate(bands, 1):
+            for members, begins in equal_keys([sketches.column(name)], sketches.folder, memory_bytes, alone):
+                pairs.add(*pairs_of(members, begins))
+            progress(done, len(bands), "bands")
+    tree = Clusters(count)
+    num_candidates = num_pairs = 0
+    values, starts = sketches.sets()
+    with span("compare duplicates"):
+        for earlier, later in pairs:
+            num_candidates += len(earlier)
+            progress(num_candidates, None, "pairs")
+            for start in range(0, len(earlier), _PAIRS):
+                piece = slice(start, start + _PAIRS)
+                near = are_near(values, starts, earlier[piece], later[piece], similarity)
+                num_pairs += int(near.sum())
+                tree.add(earlier[piece][near], later[piece][near])
+    near_of, clusters = tree.near_of, tree.roots()
+    # A twin's set is its first one's: what that is a duplicate of, it is too.
+    _follow(near_of, clusters, twin_of, is_near=True)
+    _follow(near_of, clusters, exact_of, is_near=False)
+    with span("check duplicates"):
+        checked = check(values, starts, similarity, exact_of, near_of, clusters)
+    return Duplicates(exact_of, near_of, clusters, num_candidates, num_pairs, checked)
 
-    In a bucket of many texts each is paired with the 16 before it only: those are copies of each
-    other, and the chain still ties all of them into one cluster.
+
+def check(values: U32, starts: I64, similarity: float, exact_of: I64, near_of: I64, clusters: I64) -> Check:
+    """Compare a sample of texts with every text by brute force; see `Check`.
+
+    Half of the sample is drawn from all texts, half from those found to have near-duplicates, by a
+    fixed seed. Exact duplicates and texts of more than 50,000 shingles are not drawn.
+    Cost: one pass over all sets.
     """
-    key_N = np.zeros(len(band_NR), np.uint64)  # two bands that collide cost one comparison more
-    for column in band_NR.T:
-        key_N = (key_N ^ column) * np.uint64(0x9E3779B97F4A7C15)
-        key_N ^= key_N >> np.uint64(32)
-    order = np.argsort(key_N, kind="stable")
-    ordered = key_N[order]
-    first, second = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for distance in range(1, MAX_BUCKET_PAIRS + 1):
-        same = np.flatnonzero(ordered[distance:] == ordered[:-distance])
-        if not len(same):
-            break
-        first.append(order[same])
-        second.append(order[same + distance])
-    return np.concatenate(first), np.concatenate(second)
+    usable = (exact_of < 0) & (np.diff(starts) <= MAX_CHECKED_SHINGLES)
+    has_others = (np.bincount(clusters, minlength=len(clusters)) > 1)[clusters]
+    generator = np.random.Generator(np.random.PCG64(_SEED))
+    drawn = [
+        generator.choice(texts, min(MAX_QUERIES // 2, len(texts)), replace=False)
+        for texts in (np.flatnonzero(usable), np.flatnonzero(usable & has_others))
+    ]
+    sample = np.unique(np.concatenate(drawn))
+    num_pairs = num_found = num_right = 0
+    for queries, texts in _near_by_force(values, starts, sample, similarity):
+        others = (texts != queries) & (exact_of[texts] < 0)
+        num_pairs += int(others.sum())
+        num_found += int((clusters[queries] == clusters[texts])[others].sum())
+        num_right += int((near_of[queries] == texts).sum())
+    num_dropped = int((near_of[sample] >= 0).sum())
+    recall = num_found / num_pairs if num_pairs else None
+    return Check(len(sample), num_pairs, recall, num_dropped - num_right)
+
+
+def _near_by_force(values: U32, starts: I64, sample: I64, similarity: float) -> Iterable[tuple[I64, I64]]:
+    """Yield every (query, text) of at least this similarity, for each text of a sample as the query.
+
+    Looks each member of every set up among the queries' members: no signatures, no bands.
+    """
+    queries = [values[starts[text] : starts[text + 1]] for text in sample]
+    sizes = np.diff(starts)
+    least = np.floor(similarity * sizes[sample]).astype(np.uint16)  # the union is no smaller than the query
+    for first in range(0, len(sizes) if queries else 0, _FORCED):
+        shared_TQ = shared_counts(values, starts[first : first + _FORCED + 1], queries)
+        text, query = np.nonzero(shared_TQ[:, : len(queries)] >= least)
+        shared, text = shared_TQ[text, query].astype(np.int64), text + first
+        near = shared / (sizes[text] + sizes[sample[query]] - shared) >= similarity
+        yield sample[query[near]], text[near]
+
+
+def _follow(near_of: I64, clusters: I64, first_of: I64, *, is_near: bool) -> None:
+    """Give texts that are like an earlier one its cluster, and what it is a near-duplicate of."""
+    like = np.flatnonzero(first_of >= 0)
+    first = first_of[like]
+    clusters[like] = clusters[first]
+    near_of[like] = np.where(near_of[first] >= 0, near_of[first], first) if is_near else -1

@@ -11,10 +11,11 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 from marrow.core.errors import SourceError
-from marrow.data.sources import SourceFile
+from marrow.data.source_file import SourceFile
 
 DELIMITERS = ",;\t|"
 _DOUBLED = re.compile(r'(?<![\\,;\t|\r\n])""')  # not an empty field, nor an escaped quote that ends one
@@ -50,14 +51,14 @@ def sniff(file: SourceFile, stream: IO[bytes]) -> Dialect | None:
     if not head.strip():
         return None
     escape = "\\" if head.count('\\"') > len(_DOUBLED.findall(head)) else None
-    by_name = "\t" if ".tsv" in file.path.suffixes else ""
+    by_name = "\t" if ".tsv" in Path(file.path.lower()).suffixes else ""
     candidates = by_name or DELIMITERS
     delimiter = max(candidates, key=lambda d: (_consistency(head, Dialect(d, escape)), -candidates.index(d)))
     records = _readable(Dialect(delimiter, escape).records(_lines(head)))
     names = next((record for record in records if any(record)), [])
     if _is_open(head, Dialect(delimiter, escape)):
         raise SourceError(
-            f"{file.path}: a quote in the header is never closed (read with delimiter {delimiter!r})",
+            f"{file.where}: a quote in the header is never closed (read with delimiter {delimiter!r})",
             hint="mend the first line; it names the columns",
         )
     return Dialect(delimiter, escape, tuple(unique_names(names))) if names else None

@@ -8,7 +8,7 @@ text     a column `text`; a file is cut at blank lines into rows of about 64 KiB
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from marrow.core.errors import SourceError, explain_os_errors
-from marrow.data.columns import column_of, infer_text
-from marrow.data.delimited import I64, Tally, read_delimited
+from marrow.data.columns import Misfit, column_of, fit, fit_asked
+from marrow.data.delimited import Records, Tally, check_share, read_delimited
 from marrow.data.dialect import unique_names
-from marrow.data.sources import Broken, SourceFile, lines_of, open_bytes, peek
+from marrow.data.source_file import SourceFile
+from marrow.data.streams import Broken, encoding_of, lines_of, open_bytes, open_seekable, peek
 from marrow.data.tables import plain_type
+from marrow.kernels.scan_csv import I64
 
 BATCH_ROWS = 4096
 BATCH_BYTES = 1 << 20
@@ -32,40 +34,42 @@ TEXT_ROW_BYTES = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Some rows of a file. lines: int64 [N], line (text formats) or row (others), from 1.
-
-    is_text: the columns are text still to be parsed.
-    """
+    """Some rows of a file. lines: int64 [N], line (text formats) or row (others), from 1."""
 
     batch: pa.RecordBatch
     lines: I64
-    is_text: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of these rows, about those that they take in the file."""
+        return int(self.batch.nbytes)
 
     def schema(self) -> pa.Schema:
         """Return the columns with the types that the values of this chunk have."""
-        if not self.is_text:
-            return self.batch.schema
-        return pa.schema([(name, infer_text(self.batch.column(name))) for name in self.batch.schema.names])
+        return self.batch.schema
+
+    def fit(self, schema: pa.Schema, asked: Collection[str] = ()) -> tuple[pa.RecordBatch, I64, list[Misfit]]:
+        """Give the rows the columns and types of a schema; see `Records.fit`."""
+        batch, bad_N, blamed = fit_asked(self.batch, schema, asked)
+        batch = fit(batch, schema, is_text=False)
+        rows = [(i, self.batch.slice(i, 1).to_pylist()[0]) for i in np.flatnonzero(bad_N).tolist()]
+        return batch, self.lines[~bad_N], [Misfit(int(self.lines[i]), blamed, peek(row)) for i, row in rows]
 
 
-def read_file(file: SourceFile, tally: Tally, broken: Callable[[Broken], None]) -> Iterator[Chunk]:
-    """Yield the rows of a file in order; broken ones go to `broken` and the tally.
+def read_file(file: SourceFile, tally: Tally, broken: Callable[[Broken], None]) -> Iterator[Chunk | Records]:
+    """Yield the rows of a file, or of its range, in order; broken ones go to `broken` and the tally.
 
     Raises: SourceError if the file is damaged, mostly broken, or not of its format; NotPermitted.
     """
     if file.format == "csv":
-        for batch, lines_N in read_delimited(file, tally, broken):
-            yield Chunk(batch, lines_N, is_text=True)
-        return
-    reader = {"jsonl": _read_jsonl, "parquet": _read_parquet, "arrow": _read_arrow, "text": _read_text}
-    for chunk in reader[file.format](file, tally, broken):
-        tally.num_rows += chunk.batch.num_rows
-        yield chunk
-    if tally.num_broken > tally.num_rows:
-        raise SourceError(
-            f"{file.path}: {tally.num_broken} of {tally.num_broken + tally.num_rows} rows are broken",
-            hint=f"is it really {file.format}? set data.format otherwise",
-        )
+        yield from read_delimited(file, tally, broken)
+    else:
+        reader = {"jsonl": _read_jsonl, "parquet": _read_parquet, "arrow": _read_arrow, "text": _read_text}
+        for chunk in reader[file.format](file, tally, broken):
+            tally.num_rows += chunk.batch.num_rows
+            yield chunk
+    if file.is_whole:  # of a range, whoever reads the others knows
+        check_share(file, tally)
 
 
 def _read_jsonl(file: SourceFile, tally: Tally, broken: Callable[[Broken], None]) -> Iterator[Chunk]:
@@ -73,7 +77,7 @@ def _read_jsonl(file: SourceFile, tally: Tally, broken: Callable[[Broken], None]
     lines: list[int] = []
     size = 0
     with open_bytes(file) as stream:
-        for number, (line, is_whole) in enumerate(lines_of(stream, MAX_LINE_BYTES), 1):
+        for number, (line, is_whole) in enumerate(lines_of(stream, MAX_LINE_BYTES), file.line):
             if line.isspace():
                 tally.num_blank += 1
                 continue
@@ -81,10 +85,11 @@ def _read_jsonl(file: SourceFile, tally: Tally, broken: Callable[[Broken], None]
             if row is None:
                 if number == 1 and line.lstrip().startswith(b"["):
                     raise SourceError(
-                        f"{file.path} is one JSON array, not an object per line",
+                        f"{file.where} is one JSON array, not an object per line",
                         hint="convert it to JSON lines, as with jq -c '.[]'",
                     )
                 tally.num_broken += 1
+                reason = reason.replace("UTF-8", encoding_of(stream))
                 broken(Broken(file.name, number, reason, peek(line)))
                 continue
             if not row:
@@ -119,12 +124,18 @@ def _chunk_of(rows: list[dict[str, Any]], lines: list[int]) -> Chunk:
 
 
 def _read_parquet(file: SourceFile, tally: Tally, broken: Callable[[Broken], None]) -> Iterator[Chunk]:
-    with _explain_arrow(file), pq.ParquetFile(file.path) as parquet:
-        yield from _numbered(file, parquet.iter_batches(BATCH_ROWS), tally, broken)
+    with (
+        _explain_arrow(file),
+        open_seekable(file) as stream,
+        # Not all makers write check sums; where they are, a page that was damaged is found.
+        pq.ParquetFile(stream, page_checksum_verification=True) as parquet,
+    ):
+        groups = range(file.start, parquet.num_row_groups if file.end == -1 else file.end)
+        yield from _numbered(file, parquet.iter_batches(BATCH_ROWS, row_groups=list(groups)), tally, broken)
 
 
 def _read_arrow(file: SourceFile, tally: Tally, broken: Callable[[Broken], None]) -> Iterator[Chunk]:
-    with _explain_arrow(file), pa.OSFile(str(file.path)) as stream:
+    with _explain_arrow(file), open_seekable(file) as stream:
         try:
             reader = pa.ipc.open_file(stream)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
@@ -143,7 +154,7 @@ def _numbered(
 
     Other makers may have written text that is not UTF-8, which Arrow trusts: such rows are broken.
     """
-    row = 1
+    row = file.line
     for batch in batches:
         for start in range(0, batch.num_rows, BATCH_ROWS):
             piece = batch.slice(start, BATCH_ROWS)
@@ -183,6 +194,7 @@ def _is_text(value: pa.Scalar) -> bool:
 
 def _read_text(file: SourceFile, tally: Tally, broken: Callable[[Broken], None]) -> Iterator[Chunk]:
     with open_bytes(file) as stream:
+        encoding = encoding_of(stream)
         piece: list[bytes] = []
         size, first, number = 0, 1, 0
         for number, (line, is_whole) in enumerate(lines_of(stream, MAX_LINE_BYTES), 1):
@@ -194,14 +206,19 @@ def _read_text(file: SourceFile, tally: Tally, broken: Callable[[Broken], None])
             size += len(line)
             # At a blank line from 64 KiB on; where there is none, at any line from twice that on.
             if size >= TEXT_ROW_BYTES and (line.isspace() or size >= 2 * TEXT_ROW_BYTES):
-                yield from _text_chunk(file, piece, first, tally, broken)
+                yield from _text_chunk(file, encoding, piece, first, tally, broken)
                 piece, size, first = [], 0, number + 1
         if piece:
-            yield from _text_chunk(file, piece, first, tally, broken)
+            yield from _text_chunk(file, encoding, piece, first, tally, broken)
 
 
 def _text_chunk(
-    file: SourceFile, piece: list[bytes], first: int, tally: Tally, broken: Callable[[Broken], None]
+    file: SourceFile,
+    encoding: str,
+    piece: list[bytes],
+    first: int,
+    tally: Tally,
+    broken: Callable[[Broken], None],
 ) -> Iterator[Chunk]:
     data = b"".join(piece)
     try:
@@ -209,7 +226,7 @@ def _text_chunk(
     except UnicodeDecodeError as error:
         tally.num_broken += 1
         line = first + data.count(b"\n", 0, error.start)
-        broken(Broken(file.name, line, "not UTF-8", peek(data[max(0, error.start - 20) :])))
+        broken(Broken(file.name, line, f"not {encoding}", peek(data[max(0, error.start - 20) :])))
         return
     batch = pa.RecordBatch.from_arrays([pa.array([text], pa.string())], names=["text"])
     yield Chunk(batch, np.array([first], np.int64))
@@ -217,13 +234,13 @@ def _text_chunk(
 
 @contextmanager
 def _explain_arrow(file: SourceFile) -> Iterator[None]:
-    with explain_os_errors("read the source", file.path):
+    with explain_os_errors("read the source", file.where):
         try:
             yield
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # one without an errno is how pyarrow tells of damage
             raise SourceError(
-                f"{file.path} is no readable {file.format} file: {error}",
+                f"{file.where} is no readable {file.format} file: {error}",
                 hint="copy or write the file again; is its name's ending right?",
             ) from error

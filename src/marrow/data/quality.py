@@ -11,6 +11,8 @@ They are few, cheap and explainable: every drop is counted under its rule and sa
     blob       share of the text in unbroken runs of 200 or more ASCII characters (base64, minified)
     repeated   share of the text in lines of 10 or more characters that it already had
 
+Behind them stand those of `filters.py` that the recipe or its preset asks for.
+
 Source: the line and character heuristics of Gopher (Rae et al. 2021, appendix A) and of the
 StarCoder data (Li et al. 2023, section 3), with the table rule of our own.
 """
@@ -19,7 +21,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from marrow.data.config import QualityRecipe
+from marrow.data.filters import filled, filters_of
+from marrow.data.quality_config import QualityRecipe
 
 _CONTROL = re.compile(r"[\x01-\x08\x0e-\x1a\x1c-\x1f\x7f\ufffd]")
 _BLOB = re.compile(r"[!-~]{200,}")
@@ -54,7 +57,8 @@ class Verdict:
 
 def rules_of(recipe: QualityRecipe) -> list[Rule]:
     """Return the rules in the order in which they are asked, cheapest first."""
-    return [
+    recipe = filled(recipe)
+    rules = [
         Rule("too_short", -recipe.min_chars, lambda text: -len(text.strip())),
         Rule("not_text", recipe.max_control_share, control_share),
         Rule("digits", recipe.max_digit_share, digit_share),
@@ -62,6 +66,7 @@ def rules_of(recipe: QualityRecipe) -> list[Rule]:
         Rule("table", recipe.max_table_share, table_share),
         Rule("repeated", recipe.max_repeated_share, repeated_share),
     ]
+    return rules + [Rule(*one) for one in filters_of(recipe)]
 
 
 def judge(text: str, rules: Sequence[Rule]) -> Verdict | None:

@@ -1,12 +1,17 @@
 """From texts to token shards: train a tokenizer, encode, pack, write Arrow files.
 
 The two steps `tokenizer` and `shards` of a run. Both stream the split's `train.parquet`, so that
-memory holds one row group of text, one window of pieces (`data/packing.py`) and one shard. The
-format of a shard is described in `data/manifest.py`. Documents stay in the order of the split:
-the order of samples is the loader's plan, not a property of the files.
+memory holds one row group of text (two for each worker of an engine), one window of pieces
+(`data/packing.py`) and one shard. A row group is read and encoded by whichever worker is free;
+packing takes them in their order, so that the files are the same whatever the engine. The format of
+a shard is described in `data/manifest.py`. Documents stay in the order of the split: the order of
+samples is the loader's plan, not a property of the files.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +24,11 @@ from marrow.core.errors import DataError, explain_os_errors
 from marrow.core.hashes import check_file, hash_file
 from marrow.core.progress import Progress, silent
 from marrow.core.span import span
+from marrow.data.engine import INLINE, Engine
 from marrow.data.manifest import Manifest, ShardEntry
-from marrow.data.packing import Row, join, pack
+from marrow.data.packing import Row, pack
 from marrow.data.shards_config import ShardsRecipe
-from marrow.data.tables import parts, stream
+from marrow.data.tables import open_table, parts, stream
 from marrow.text.config import TokenizerRecipe
 from marrow.text.tokenizer import FILE_NAME as TOKENIZER_FILE
 from marrow.text.tokenizer import Tokenizer
@@ -60,18 +66,26 @@ def train_tokenizer(
 
 
 def write_shards(
-    recipe: ShardsRecipe, split: Path, tokenizer_folder: Path, out: Path, progress: Progress = silent
+    recipe: ShardsRecipe,
+    split: Path,
+    tokenizer_folder: Path,
+    out: Path,
+    progress: Progress = silent,
+    *,
+    engine: Engine = INLINE,
 ) -> dict[str, Any]:
     """Encode and pack the split's training documents into `out/train-00000.arrow`, ...
 
-    Writes `out/manifest.json` last. Equal inputs give equal bytes.
+    Writes `out/manifest.json` last. Equal inputs give equal bytes, whatever the engine.
+    Args: engine: encodes the row groups.
     Returns: facts. Raises: DataError if there are no documents; DiskFull.
     """
     tokenizer = Tokenizer.load(tokenizer_folder)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    reader = _Texts(split, progress)
+    tokenizer_sha256 = hash_file(tokenizer_folder / TOKENIZER_FILE)
+    reader = _Encoded(split, tokenizer_folder, tokenizer_sha256, np.dtype(dtype).name, engine, progress)
     writer = _ShardWriter(out, recipe, tokenizer.pad_id, dtype)
-    documents = _encode(reader, tokenizer, dtype)
+    documents = iter(reader)
     for row in pack(documents, recipe.context, max_padding=recipe.max_padding):
         writer.add(row)
     writer.flush()
@@ -79,7 +93,7 @@ def write_shards(
         context=recipe.context,
         dtype=np.dtype(dtype).name,
         vocab_size=tokenizer.vocab_size,
-        tokenizer_sha256=hash_file(tokenizer_folder / TOKENIZER_FILE),
+        tokenizer_sha256=tokenizer_sha256,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
@@ -109,36 +123,120 @@ class _Texts:
     def __init__(self, split: Path, progress: Progress) -> None:
         self._paths = parts(split, TRAIN_FILE)
         self._progress = progress
-        self._total: int = sum(
-            pc.sum(batch.column(0)).as_py() or 0 for _, batch in stream(self._paths, ["num_bytes"])
-        )
+        self._total = _total_bytes(self._paths)
         self.num_documents = 0
         self.num_bytes = 0
 
     def __iter__(self) -> Iterator[tuple[list[int], list[str]]]:
         for place, batch in stream(self._paths, ["document_id", "text"]):
             ids, texts = batch.column("document_id"), batch.column("text")
-            if texts.null_count or ids.null_count:
-                raise DataError(
-                    f"{place.part}: row group {place.row_group} has a document without text or id",
-                    hint="run the split step again; if you wrote the file, fill document_id and text",
-                )
+            _check_whole(place.part, place.row_group, ids, texts)
             yield ids.to_pylist(), texts.to_pylist()
             self.num_documents += batch.num_rows
             self.num_bytes += pc.sum(pc.binary_length(texts)).as_py() or 0
             self._progress(self.num_bytes, self._total, "B")
         if not self.num_documents:
-            raise DataError(f"{self._paths[0]} holds no document", hint="check [data] source and its rules")
+            raise _no_document(self._paths[0])
 
 
-def _encode(
-    reader: _Texts, tokenizer: Tokenizer, dtype: type[np.unsignedinteger[Any]]
-) -> Iterator[tuple[int, NDArray[Any]]]:
-    for document_ids, texts in reader:
-        with span("encode"):
-            batch = tokenizer.encode_batch(texts)
-        for document_id, ids in zip(document_ids, batch, strict=True):
-            yield document_id, join(ids, tokenizer.bos_id, tokenizer.eos_id, dtype)
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A row group of training documents: what one worker encodes at a time."""
+
+    path: Path
+    row_group: int
+
+    def __str__(self) -> str:
+        return f"row group {self.row_group} of {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """A row group encoded: ids int64 [D], tokens [N] from bos to eos, their offsets int64 [D + 1]."""
+
+    document_ids: NDArray[np.int64]
+    tokens: NDArray[Any]
+    offsets: NDArray[np.int64]
+    num_bytes: int
+
+
+class _Encoded:
+    """Streams (document id, tokens) of the training documents, encoded by an engine; counts them."""
+
+    def __init__(
+        self, split: Path, tokenizer: Path, sha256: str, dtype: str, engine: Engine, progress: Progress
+    ) -> None:
+        self._paths = parts(split, TRAIN_FILE)
+        self._encode = partial(_encode, tokenizer, sha256, dtype)
+        self._engine = engine
+        self._progress = progress
+        self._total = _total_bytes(self._paths)
+        self.num_documents = 0
+        self.num_bytes = 0
+
+    def __iter__(self) -> Iterator[tuple[int, NDArray[Any]]]:
+        for found in self._engine.map(self._encode, self._pieces()):
+            ends = found.offsets.tolist()
+            for document_id, (start, end) in zip(found.document_ids.tolist(), pairwise(ends), strict=True):
+                yield document_id, found.tokens[start:end]
+            self.num_documents += len(found.document_ids)
+            self.num_bytes += found.num_bytes
+            self._progress(self.num_bytes, self._total, "B")
+        if not self.num_documents:
+            raise _no_document(self._paths[0])
+
+    def _pieces(self) -> Iterator[_Piece]:
+        for path in self._paths:
+            with open_table(path) as file:
+                num_row_groups = file.num_row_groups
+            yield from (_Piece(path, group) for group in range(num_row_groups))
+
+
+def _encode(tokenizer_folder: Path, sha256: str, dtype: str, piece: _Piece) -> _Tokens:
+    """Read and encode one row group, in any thread or process."""
+    tokenizer = _tokenizer(tokenizer_folder, sha256)
+    with span("encode"):
+        with open_table(piece.path) as file:
+            table = file.read_row_group(piece.row_group, ["document_id", "text"], use_threads=False)
+        ids, texts = (table[name].combine_chunks() for name in ("document_id", "text"))
+        _check_whole(piece.path.name, piece.row_group, ids, texts)
+        try:
+            tokens, offsets = tokenizer.encode_utf8(*_utf8(texts), document=True)
+        except DataError as error:
+            raise DataError(f"{piece}: {error.message}", hint=error.hint) from None
+        return _Tokens(ids.to_numpy(), tokens.astype(dtype), offsets, int(_utf8(texts)[1][-1]))
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(folder: Path, sha256: str) -> Tokenizer:
+    """Load a tokenizer once a process; its hash tells it from another at the same place."""
+    return Tokenizer.load(folder)
+
+
+def _utf8(texts: pa.Array) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Return the bytes of a column of texts and the offsets of each, without a copy of the texts."""
+    kind = np.int64 if pa.types.is_large_string(texts.type) else np.int32
+    _, places, data = texts.buffers()
+    if not len(texts) or data is None:
+        return np.empty(0, np.uint8), np.zeros(len(texts) + 1, np.int64)
+    offsets = np.frombuffer(places, kind)[texts.offset : texts.offset + len(texts) + 1].astype(np.int64)
+    return np.frombuffer(data, np.uint8)[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+def _total_bytes(paths: list[Path]) -> int:
+    return sum(pc.sum(batch.column(0)).as_py() or 0 for _, batch in stream(paths, ["num_bytes"]))
+
+
+def _check_whole(part: str, row_group: int, ids: pa.Array, texts: pa.Array) -> None:
+    if texts.null_count or ids.null_count:
+        raise DataError(
+            f"{part}: row group {row_group} has a document without text or id",
+            hint="run the split step again; if you wrote the file, fill document_id and text",
+        )
+
+
+def _no_document(path: Path) -> DataError:
+    return DataError(f"{path} holds no document", hint="check [data] source and its rules")
 
 
 class _ShardWriter:

@@ -5,7 +5,7 @@ Readers stream batches that never cross a row group, so that a row's place (file
 stays known: that is what lineage points to.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,10 @@ import pyarrow.parquet as pq
 
 from marrow.core.errors import DataError, explain_os_errors
 
-COMPRESSION = "zstd"
+COMPRESSION, LEVEL = "zstd", 1  # docs/decisions/0004-row-groups-and-codecs.md
+# PERF: hashing a text column to find that it does not repeat costs as much as writing it.
+REPEATING = {"module", "kind", "license", "source_hash", "file", "_file", "group", "source_part"}
+COUNTING = {"_row"}  # grows by little: differences take a tenth of the room
 MAX_GROUP_ROWS = 1 << 16
 READ_ROWS = 4096
 
@@ -23,7 +26,10 @@ READ_ROWS = 4096
 class ParquetFile:
     """Writes record batches to one Parquet file, a row group per `group_bytes`."""
 
-    def __init__(self, path: Path, schema: pa.Schema, group_bytes: int) -> None:
+    def __init__(
+        self, path: Path, schema: pa.Schema, group_bytes: int, repeating: Collection[str] = ()
+    ) -> None:
+        """Open the file. repeating: columns worth a dictionary, beside those whose names say so."""
         self.path = path
         self.num_rows = 0
         self.num_row_groups = 0
@@ -33,8 +39,15 @@ class ParquetFile:
         self._pending_bytes = 0
         self._pending_rows = 0
         with explain_os_errors("write rows", path):
+            dictionaries = [field.name for field in schema if field.name in {*REPEATING, *repeating}]
             self._writer = pq.ParquetWriter(
-                path, schema, compression=COMPRESSION, use_dictionary=_worth_a_dictionary(schema)
+                path,
+                schema,
+                compression=COMPRESSION,
+                compression_level=LEVEL,
+                use_dictionary=dictionaries or False,
+                column_encoding={name: "DELTA_BINARY_PACKED" for name in COUNTING if name in schema.names}
+                or None,
             )
 
     def __enter__(self) -> "ParquetFile":
@@ -46,19 +59,29 @@ class ParquetFile:
         self.close(keep=error is None)
 
     def write(self, batch: pa.RecordBatch) -> None:
-        """Add rows; a row group goes to disk when it is full."""
-        per_group = batch.num_rows * self._group_bytes // max(1, batch.nbytes)
-        step = max(1, min(MAX_GROUP_ROWS, per_group))
-        for start in range(0, batch.num_rows, step):
-            piece = batch.slice(start, step)
-            if self._pending_rows + piece.num_rows > MAX_GROUP_ROWS:
+        """Add rows; a row group goes to disk when no more fits into it."""
+        start = 0
+        while start < batch.num_rows:
+            rows = self._room(batch, start)
+            if not rows:
                 self._flush()
+                continue
+            piece = batch.slice(start, rows)
             self._pending.append(piece)
-            self._pending_rows += piece.num_rows
+            self._pending_rows += rows
             self._pending_bytes += piece.nbytes
-            self.num_rows += piece.num_rows
-            if self._pending_bytes >= self._group_bytes:
-                self._flush()
+            self.num_rows += rows
+            start += rows
+
+    def _room(self, batch: pa.RecordBatch, start: int) -> int:
+        """Return how many rows of a batch still fit; into an empty row group at least one."""
+        left = self._group_bytes - self._pending_bytes
+        rows: int = min(batch.num_rows - start, MAX_GROUP_ROWS - self._pending_rows)
+        while rows > 1 and (size := batch.slice(start, rows).nbytes) > left:
+            rows = max(1, min(rows - 1, rows * max(0, left) // size))
+        if self._pending and (rows < 1 or batch.slice(start, rows).nbytes > left):
+            return 0
+        return rows
 
     def close(self, *, keep: bool = True) -> None:
         """Finish the file; with keep false, what is pending is let go. Closing twice is fine."""
@@ -128,15 +151,6 @@ def stream(
 def described(name: str, kind: pa.DataType, description: str) -> pa.Field:
     """Make a column that says what it holds."""
     return pa.field(name, kind, metadata={"description": description})
-
-
-def _worth_a_dictionary(schema: pa.Schema) -> list[str] | bool:
-    """Choose dictionary columns: names repeat, long texts do not.
-
-    PERF: hashing a text column to find that it does not repeat costs as much as writing it.
-    """
-    repeating = {"module", "kind", "license", "source_hash", "file", "_file", "group", "source_part"}
-    return [field.name for field in schema if field.name in repeating] or False
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:

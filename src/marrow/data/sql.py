@@ -1,0 +1,247 @@
+"""SQL over tables in files or in memory, by DuckDB: one question, read only, no way out.
+
+    for batch in query("select kind, count(*) from rows group by kind", {"rows": paths}):
+        ...
+
+Parquet, CSV and JSON lines are read by DuckDB itself, column by column and filters first; Arrow
+tables and memory-mapped Arrow files are read in place, without a copy, and the answer is a stream
+of Arrow batches.
+
+The question is a text from somewhere: it may be a SELECT and nothing else, over the tables that are
+given and nothing else. DuckDB's access to files and network ends before it is asked (only the given
+files stay readable, and a spill folder of its own), extensions are neither installed nor loaded,
+Python's variables are no tables, and the settings are locked.
+"""
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import pyarrow as pa
+
+from marrow.core.errors import DataError, MarrowError, SourceError, UsageError
+
+if TYPE_CHECKING:
+    import duckdb
+
+Source: TypeAlias = "Path | Sequence[Path] | pa.Table"
+BATCH_ROWS = 1 << 14
+_READERS = {
+    ".parquet": "read_parquet({}, union_by_name = true)",
+    ".csv": "read_csv({}, union_by_name = true)",
+    ".tsv": "read_csv({}, union_by_name = true, delim = '\t')",
+    ".jsonl": "read_json({}, union_by_name = true, format = 'newline_delimited')",
+    ".ndjson": "read_json({}, union_by_name = true, format = 'newline_delimited')",
+}
+_ARROW = (".arrow", ".feather", ".ipc")
+SUFFIXES = (*_READERS, *_ARROW)
+
+
+def query(sql: str, tables: Mapping[str, Source], *, threads: int = 1) -> pa.RecordBatchReader:
+    """Ask one question of some tables.
+
+    Args: tables: name -> a file, files of one table (of one kind), or an Arrow table. threads: that
+        DuckDB may use; the order of rows without ORDER BY holds for one thread.
+    Returns: a stream of batches; closing it, or reading to its end, ends the connection.
+    Raises: UsageError if the question is no SELECT or names what is not there; SourceError for a
+        table that cannot be read; DataError if the question fails on the rows.
+    """
+    duckdb = _duckdb()
+    spill = _Spill()
+    connection = duckdb.connect(
+        ":memory:",
+        config={
+            "autoinstall_known_extensions": "false",
+            "autoload_known_extensions": "false",
+            "allow_community_extensions": "false",
+            "python_enable_replacements": "false",
+            "temp_directory": str(spill.path),
+            "threads": str(threads),
+        },
+    )
+    try:
+        _give(connection, tables, spill.path)
+        _lock(connection)
+        _check(connection, sql)
+        with _explained(tables):
+            reader = connection.sql(sql).to_arrow_reader(BATCH_ROWS)
+        return pa.RecordBatchReader.from_batches(reader.schema, _stream(reader, connection, spill, tables))
+    except BaseException:
+        connection.close()
+        spill.remove()
+        raise
+
+
+def table_name(path: Path) -> str:
+    """Return what a file's table is called: rows-00003.parquet is a part of `rows`."""
+    stem = path.name.removesuffix(path.suffix)
+    head, dash, number = stem.rpartition("-")
+    return head if dash and number.isdigit() else stem
+
+
+def tables_in(path: Path) -> dict[str, list[Path]]:
+    """Return the tables of a file or folder by name; the files of one name and kind are one table.
+
+    `data` names the only table, or in a folder the first of these that is there: documents, rows, train.
+    Raises: SourceError if there is none.
+    """
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
+    if not files or files[0].suffix not in SUFFIXES:
+        raise SourceError(
+            f"{path} holds no table", hint=f"tables are files that end in {', '.join(SUFFIXES)}"
+        )
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        name = table_name(file)
+        if name in found and found[name][0].suffix != file.suffix:
+            name = file.name
+        found.setdefault(name, []).append(file)
+    first: str | None = next((name for name in ("documents", "rows", "train") if name in found), None)
+    if len(found) == 1:
+        [first] = found
+    if first is not None and "data" not in found:
+        found["data"] = found[first]
+    return found
+
+
+class _Spill:
+    """A folder that goes with the answer, also if nobody reads it."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="marrow-sql-"))
+        self.remove = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+def _give(connection: "duckdb.DuckDBPyConnection", tables: Mapping[str, Source], spill: Path) -> None:
+    """Make the tables views, and the files readable after the lock."""
+    import duckdb
+
+    allowed: list[str] = []
+    for name, source in tables.items():
+        if isinstance(source, pa.Table):
+            connection.register(name, source)
+            continue
+        paths = [source] if isinstance(source, Path) else list(source)
+        kinds = {path.suffix for path in paths}
+        missing = [path for path in paths if not path.is_file()]
+        if missing or len(kinds) != 1 or not kinds <= set(SUFFIXES):
+            named = ", ".join(map(str, missing or paths[:3])) or "no file"
+            raise SourceError(
+                f"the table {name!r} cannot be read from {named}",
+                hint=f"give files of one kind that are there, of {', '.join(SUFFIXES)}",
+            )
+        try:
+            if kinds <= set(_ARROW):
+                connection.register(name, pa.concat_tables(map(_mapped, paths), promote_options="default"))
+                continue
+            names = [_plain_name(path.resolve(), spill) for path in paths]
+            allowed += names
+            listed = "[" + ", ".join(map(_literal, names)) + "]"
+            reader = _READERS[kinds.pop()].format(listed)
+            connection.execute(f"create view {_quoted(name)} as select * from {reader}")
+        except (duckdb.Error, pa.ArrowInvalid) as error:
+            raise SourceError(
+                f"the table {name!r} cannot be read: {_first_line(error)}",
+                hint="the file may be damaged or of another kind than its name says",
+            ) from error
+    connection.execute(f"set allowed_paths = [{', '.join(map(_literal, allowed))}]")
+
+
+def _lock(connection: "duckdb.DuckDBPyConnection") -> None:
+    connection.execute("set enable_external_access = false")
+    connection.execute("set lock_configuration = true")
+
+
+def _check(connection: "duckdb.DuckDBPyConnection", sql: str) -> None:
+    """Refuse all but one SELECT: EXPLAIN ANALYZE runs what it explains, COPY writes files."""
+    import duckdb
+
+    try:
+        statements = connection.extract_statements(sql)
+    except duckdb.Error as error:
+        raise UsageError(f"this is no SQL: {_first_line(error)}", hint="write one SELECT") from error
+    if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+        kinds = ", ".join(str(one.type).rpartition(".")[2] for one in statements) or "nothing"
+        raise UsageError(
+            f"only one SELECT is run, not {kinds}",
+            hint="the tables are read-only; --out FILE keeps an answer",
+        )
+
+
+def _stream(
+    reader: pa.RecordBatchReader,
+    connection: "duckdb.DuckDBPyConnection",
+    spill: "_Spill",
+    tables: Mapping[str, Source],
+) -> Iterator[pa.RecordBatch]:
+    try:
+        with _explained(tables):
+            yield from reader
+    finally:
+        connection.close()
+        spill.remove()
+
+
+@contextmanager
+def _explained(tables: Mapping[str, Source]) -> Iterator[None]:
+    """Turn DuckDB's errors into those of the tree."""
+    import duckdb
+
+    names = f"tables: {', '.join(list(tables)[:20]) or 'none'}"
+    try:
+        yield
+    except duckdb.PermissionException as error:
+        raise UsageError(f"the question may not do that: {_first_line(error)}", hint=names) from error
+    except (duckdb.CatalogException, duckdb.BinderException, duckdb.ParserException) as error:
+        raise UsageError(f"the question does not fit the tables: {_first_line(error)}", hint=names) from error
+    except (duckdb.Error, pa.ArrowException) as error:
+        raise DataError(
+            f"the question failed: {_first_line(error)}",
+            hint="a cast or a file may be wrong; try_cast gives null where a value does not fit",
+        ) from error
+
+
+def _mapped(path: Path) -> pa.Table:
+    source = pa.memory_map(str(path))
+    try:
+        return pa.ipc.open_file(source).read_all()
+    except pa.ArrowInvalid:
+        source.seek(0)
+        return pa.ipc.open_stream(source).read_all()
+
+
+def _plain_name(path: Path, spill: Path) -> str:
+    """Return a path that DuckDB does not take for a pattern: itself, or a link to it."""
+    if not any(letter in str(path) for letter in "*?[]{}"):
+        return str(path)
+    link = spill / f"table-{len(list(spill.iterdir()))}{path.suffix}"
+    link.symlink_to(path)
+    return str(link)
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = " ".join(lines[:2]) if lines else type(error).__name__
+    return told if len(told) <= 300 else told[:297] + "..."
+
+
+def _duckdb() -> Any:
+    try:
+        import duckdb
+    except ImportError as error:  # an extra, and 60 ms to import
+        raise MarrowError(
+            "SQL needs the package duckdb, which is not installed", hint='pip install "marrow[sql]"'
+        ) from error
+    return duckdb
