@@ -1,10 +1,18 @@
+import os
 import random
-from collections.abc import Callable
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from object_server import FaultProxy
+from range_server import RangeServer
+from shard_origin import Origin
 
 from marrow.data.shards import train_tokenizer, write_shards
 from marrow.data.shards_config import ShardsRecipe
@@ -56,3 +64,42 @@ def make_shards(tmp_path_factory: pytest.TempPathFactory) -> MakeShards:
 def shards(make_shards: MakeShards) -> Path:
     """Several shards of about 40 rows each; nobody writes to them."""
     return make_shards()
+
+
+@pytest.fixture(scope="session")
+def file_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RangeServer, Path]]:
+    """Give a server of files and the folder that it serves."""
+    folder = tmp_path_factory.mktemp("served")
+    with RangeServer(folder) as server:
+        yield server, folder
+
+
+@pytest.fixture
+def origin(file_server: tuple[RangeServer, Path]) -> Iterator[Origin]:
+    """Give an empty place for shards at a URL whose server can be made to fail."""
+    server, folder = file_server
+    with FaultProxy(server.url) as proxy:
+        origin = Origin(folder / uuid.uuid4().hex, server, proxy)
+        try:
+            yield origin
+        finally:
+            for reading in origin.readings:
+                reading.kill()
+    shutil.rmtree(origin.folder, ignore_errors=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 256 KiB; unmounted whatever happens."""
+    if os.geteuid() != 0 or sys.platform != "linux" or shutil.which("mount") is None:
+        pytest.skip("needs root on Linux to mount a small tmpfs")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, check=False, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

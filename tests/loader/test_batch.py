@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from marrow.kernels.gather_rows import Columns, RowTable
 from marrow.loader.batch import IGNORED, Batch, make_batch
 from marrow.loader.loader import Loader
 from marrow.loader.reader import Rows, ShardReader
@@ -15,7 +16,7 @@ from marrow.loader.reader import Rows, ShardReader
 @st.composite
 def packed_rows(draw: st.DrawFn) -> tuple[int, list[list[int]]]:
     """A context and rows, each the lengths of its pieces."""
-    context = draw(st.integers(2, 12))
+    context = draw(st.integers(1, 12))
     rows = []
     for _ in range(draw(st.integers(1, 5))):
         lengths: list[int] = []
@@ -25,7 +26,7 @@ def packed_rows(draw: st.DrawFn) -> tuple[int, list[list[int]]]:
     return context, rows
 
 
-def as_arrays(context: int, rows: list[list[int]]) -> Rows:
+def as_arrays(context: int, rows: list[list[int]], *, use_native: bool = True) -> Rows:
     """Every token is a number of its own, from 1 on; padding is 0."""
     tokens = np.zeros((len(rows), context + 1), dtype=np.uint16)
     starts: list[int] = []
@@ -34,13 +35,15 @@ def as_arrays(context: int, rows: list[list[int]]) -> Rows:
         out[: sum(lengths)] = np.arange(counter, counter + sum(lengths))
         counter += sum(lengths)
         starts += [sum(lengths[:i]) for i in range(len(lengths))]
-    counts = [len(lengths) for lengths in rows]
-    return Rows(
+    columns = Columns(
         tokens=tokens,
-        starts=np.array(starts, dtype=np.int64),
-        starts_of=np.cumsum([0, *counts]),
-        num_tokens=np.array([sum(lengths) for lengths in rows], dtype=np.int64),
+        starts=np.array(starts, dtype=np.int32),
+        starts_of=np.cumsum([0, *map(len, rows)], dtype=np.int32),
+        num_tokens=np.array([sum(lengths) for lengths in rows], dtype=np.int32),
     )
+    table = RowTable([len(rows)], context + 1, use_native=use_native)
+    table.put(0, columns)
+    return Rows(table, np.arange(len(rows)))
 
 
 def by_hand(context: int, rows: list[list[int]]) -> tuple[list[int], list[int], list[int], list[int]]:
@@ -66,10 +69,10 @@ def by_hand(context: int, rows: list[list[int]]) -> tuple[list[int], list[int], 
 
 
 @settings(deadline=None, max_examples=300)
-@given(packed=packed_rows())
-def test_a_batch_is_what_loops_make(packed: tuple[int, list[list[int]]]) -> None:
+@given(packed=packed_rows(), use_native=st.booleans())
+def test_a_batch_is_what_loops_make(packed: tuple[int, list[list[int]]], use_native: bool) -> None:
     context, rows = packed
-    batch = make_batch(as_arrays(context, rows), range(5, 5 + len(rows)))
+    batch = make_batch(as_arrays(context, rows, use_native=use_native), range(5, 5 + len(rows)))
     tokens, targets, positions, documents = by_hand(context, rows)
     assert batch.tokens_N.tolist() == tokens
     assert batch.targets_N.tolist() == targets
@@ -113,7 +116,7 @@ def test_an_epoch_predicts_every_token_exactly_once(shards: Path) -> None:
     with ShardReader(shards) as reader, Loader(shards, 1, seed=0) as loader:
         for row_of_epoch in range(loader.manifest.num_rows):
             batch = next(loader)
-            row = loader._plan.row(row_of_epoch)
+            [row] = loader.order.rows(np.array([row_of_epoch])).tolist()
             for number, (document_id, offset, start, end) in enumerate(reader.documents(row)):
                 inside = (batch.document_N == number).nonzero().flatten()
                 assert inside[0] == start

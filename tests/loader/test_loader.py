@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from marrow.core.errors import DataError, UsageError
 from marrow.core.span import Ledger
-from marrow.loader.batch import Batch
+from marrow.loader.batch import Batch, StackRows, make_batch
 from marrow.loader.loader import Loader, LoaderState
+from marrow.loader.plan import FullShuffle
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +147,7 @@ def test_the_state_is_for_humans(shards: Path) -> None:
     with Loader(shards, 4, seed=9, start=7, skip=[(5, 6), (6, 9)]) as loader:
         values = json.loads(loader.state().to_json())
     manifest = values.pop("manifest")
-    assert values == {"seed": 9, "position": 7, "skip": [[5, 9]]}
+    assert values == {"seed": 9, "position": 7, "skip": [[5, 9]], "order": "full"}
     assert len(manifest) == 32
 
 
@@ -301,22 +302,20 @@ def test_ctrl_c_ends_it_at_once_without_a_hanging_thread(shards: Path, tmp_path:
 # Ledger
 
 
-def test_the_wait_and_the_work_are_charged(shards: Path) -> None:
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_the_wait_is_split_by_stage_and_adds_up(shards: Path, prefetch: int) -> None:
     with Ledger("train") as ledger:
-        take(Loader(shards, 4, seed=0, ledger=ledger), 5)
+        loader = Loader(shards, 4, seed=0, prefetch=prefetch)
+        take(loader, 50)
     summary = ledger.summary()
-    assert summary.parts["data wait"].count == 5
-    assert summary.overlapped["data"].count == 5
-    assert summary.overlapped["data"].seconds > 0
+    waits = {name: part for name, part in summary.parts.items() if name.startswith("data wait: ")}
+    assert {"data wait: verify", "data wait: decode", "data wait: collate"} <= set(waits) or prefetch
     assert sum(part.seconds for part in summary.parts.values()) == pytest.approx(summary.wall_s, rel=0.02)
-
-
-def test_without_a_thread_the_work_is_the_wait(shards: Path) -> None:
-    with Ledger("train") as ledger:
-        batches = take(Loader(shards, 4, seed=0, prefetch=0, ledger=ledger), 5)
-    summary = ledger.summary()
-    assert summary.overlapped == {}
-    assert summary.parts["data wait"].seconds >= sum(batch.build_s for batch in batches)
+    counters = loader.counters()
+    assert counters["batches"] == 50
+    total_s = sum(part.seconds for part in waits.values())
+    assert total_s == pytest.approx(sum(counters["waited_s"].values()), rel=1e-6)
+    assert bool(summary.overlapped) == bool(prefetch)
 
 
 def test_two_loaders_live_side_by_side(shards: Path) -> None:
@@ -332,3 +331,114 @@ def test_a_wide_row_works_too(make_shards: object) -> None:
     [batch] = take(Loader(folder, 7, seed=0), 1)
     assert batch.tokens_N.shape == (7 * 500,)
     assert np.isin(batch.targets_N.numpy(), [-100]).any()
+
+
+# Orders, sources and collates
+
+
+def test_windows_of_shards_resume_and_share_as_well(shards: Path) -> None:
+    alone = rows_of(take(Loader(shards, 12, 0, window=2), 30))
+    assert alone != rows_of(take(Loader(shards, 12, 0), 30))
+    with Loader(shards, 12, 0, 0, 2, window=2) as loader:
+        for _ in range(7):
+            next(loader)
+        state = LoaderState.from_json(loader.state().to_json())
+    assert state.order == "window of 2 shards"
+    ranks = [take(Loader.resume(shards, 6, state, rank=rank, world=3, window=2), 40) for rank in range(3)]
+    together = [row for step in zip(*ranks, strict=True) for row in rows_of(list(step))]
+    assert together == alone[84 : 84 + 240]
+    for window in (None, 3):
+        with pytest.raises(DataError, match="position in the order") as error:
+            Loader.resume(shards, 6, state, window=window)
+        assert error.value.hint
+
+
+@pytest.mark.parametrize("batch_rows", [1, 7, 200])
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_stacked_rows_are_the_laid_ones(shards: Path, batch_rows: int, prefetch: int) -> None:
+    """Two collates, one order; many small batches are made in one pass, and look as if alone."""
+    with Loader(shards, batch_rows, 3, collate=StackRows(), prefetch=prefetch) as loader:
+        stacked = [next(loader).clone() for _ in range(40)]
+    with Loader(shards, batch_rows, 3, collate=lambda rows, span: make_batch(rows, span)) as loader:
+        one_by_one = [next(loader) for _ in range(40)]
+    laid = take(Loader(shards, batch_rows, 3, prefetch=prefetch), 40)
+    assert list(map(content, laid)) == list(map(content, one_by_one))
+    for tokens, batch, other in zip(stacked, laid, one_by_one, strict=True):
+        assert torch.equal(tokens[:, :-1].reshape(-1), batch.tokens_N)
+        assert (batch.num_targets, batch.samples) == (other.num_targets, other.samples)
+        counted = batch.targets_N != -100
+        assert torch.equal(tokens[:, 1:].reshape(-1)[counted], batch.targets_N[counted])
+
+
+def test_a_batch_that_is_held_never_changes(shards: Path) -> None:
+    """Memory is used again, but not while anything can see it: a view of a slice is enough."""
+    with Loader(shards, 4, 0) as loader:
+        held = []
+        for number, batch in zip(range(300), loader, strict=False):
+            if number % 3 == 0:
+                held.append((batch.targets_N.view(4, -1)[1:, 2], batch.targets_N.view(4, -1)[1:, 2].clone()))
+    assert all(torch.equal(view, copy) for view, copy in held)
+
+
+def test_worker_processes_give_the_same_batches(shards: Path) -> None:
+    here = take(Loader(shards, 4, 1), 80)
+    there = take(Loader(shards, 4, 1, workers=1), 80)
+    assert list(map(content, there)) == list(map(content, here))
+
+
+def test_without_a_compiler_batches_are_the_same(shards: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from marrow.loader.loader import Loader\n"
+        "with Loader(Path(sys.argv[1]), 4, 1) as loader:\n"
+        "    print([next(loader).targets_N.tolist() for _ in range(5)])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program, str(shards)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=dict(os.environ, OMP_NUM_THREADS="1", MARROW_KERNELS="reference"),
+    )
+    assert json.loads(done.stdout) == [batch.targets_N.tolist() for batch in take(Loader(shards, 4, 1), 5)]
+
+
+def test_a_run_of_rows_may_be_as_small_as_can_be(make_shards: object) -> None:
+    folder = make_shards(num_documents=4, context=8, shard_bytes=18)  # type: ignore[operator]
+    with Loader(folder, 3, 0, stop=7, window=1) as loader:
+        assert loader.manifest.shards[0].num_rows == 1
+        assert [batch.rows for batch in loader] == [3, 3, 1]
+
+
+@pytest.mark.parametrize("start", [1 << 63, (1 << 63) - 2])
+def test_positions_end_at_2_to_the_63(shards: Path, start: int) -> None:
+    with pytest.raises(UsageError, match="2\\^63"), Loader(shards, 4, 0, start=start, prefetch=0) as loader:
+        list(loader)
+
+
+def test_a_skip_beyond_the_end_ends_at_once(shards: Path) -> None:
+    with Loader(shards, 4, 0, skip=[(0, 10**9)], stop=10**6) as loader:
+        assert list(loader) == []
+
+
+def test_a_url_needs_a_cache() -> None:
+    with pytest.raises(UsageError, match="no cache"):
+        Loader("http://127.0.0.1:9/shards", 4, 0)
+
+
+def test_two_ways_to_name_an_order_are_one_too_many(shards: Path) -> None:
+    with pytest.raises(UsageError, match="both given"):
+        Loader(shards, 4, 0, window=2, order=lambda reader, seed: FullShuffle(reader.num_rows, seed))
+    with pytest.raises(UsageError, match="cannot be used"):
+        Loader(shards, 4, 0, window=0)
+
+
+def test_resume_takes_milliseconds_with_a_long_history_of_skips(shards: Path) -> None:
+    skip = tuple((10**6 * n, 10**6 * n + 500) for n in range(1000))
+    state = LoaderState(0, 10**9 + 7, skip)
+    times = []
+    for _ in range(5):
+        start_s = time.process_time()
+        with Loader.resume(shards, 8, state, prefetch=0) as loader:
+            next(loader)
+        times.append(time.process_time() - start_s)
+    assert min(times) < 10e-3

@@ -41,7 +41,12 @@ def test_items_come_in_order() -> None:
 
 def test_no_more_is_made_than_the_queue_holds() -> None:
     made: list[int] = []
-    prefetcher = Prefetcher(lambda: made.append(0), 3, NAME)
+
+    def make() -> None:
+        time.sleep(0.001)  # long enough for working ahead to pay
+        made.append(0)
+
+    prefetcher = Prefetcher(make, 3, NAME)
     wait_until(lambda: len(made) == 3)
     time.sleep(0.05)  # time enough to make one too many
     assert len(made) == 3
@@ -116,4 +121,59 @@ def test_a_waiting_producer_uses_no_cpu() -> None:
     start_s = time.process_time()
     time.sleep(0.3)
     assert time.process_time() - start_s < 0.05
+    prefetcher.close()
+
+
+def test_a_consumer_that_only_takes_makes_the_items_itself() -> None:
+    makers: list[str] = []
+
+    def make() -> None:
+        makers.append(threading.current_thread().name)
+
+    prefetcher = Prefetcher(make, 2, NAME)
+    for _ in range(500):
+        prefetcher.take()
+    prefetcher.close()
+    assert makers[-400:].count(NAME) == 0
+
+
+def test_a_consumer_that_works_in_between_has_items_made_ahead() -> None:
+    makers: list[str] = []
+
+    def make() -> None:
+        time.sleep(0.002)
+        makers.append(threading.current_thread().name)
+
+    prefetcher = Prefetcher(make, 2, NAME)
+    for _ in range(20):
+        prefetcher.take()
+    makers.clear()
+    waited_s = 0.0
+    for number in range(30):
+        time.sleep(0.006)
+        start_s = time.perf_counter()
+        prefetcher.take()
+        waited_s += time.perf_counter() - start_s if number >= 5 else 0.0
+    prefetcher.close()
+    assert makers[5:].count(NAME) == len(makers[5:])
+    assert waited_s < 0.5 * 25 * 0.002
+
+
+def test_make_is_called_by_one_thread_at_a_time_and_no_item_is_lost() -> None:
+    """The consumer changes between work and no work, so that the two take turns in making."""
+    busy = threading.Lock()
+    numbers = count()
+
+    def make() -> int:
+        assert busy.acquire(blocking=False), "two threads make items at once"
+        time.sleep(0.0003)
+        number = next(numbers)
+        busy.release()
+        return number
+
+    prefetcher = Prefetcher(make, 3, NAME)
+    for number in range(400):
+        if number // 40 % 2:
+            time.sleep(0.0007)
+        assert prefetcher.take() == number
     prefetcher.close()

@@ -1,17 +1,22 @@
 import json
+import os
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marrow.core.errors import DataError, SourceError
 from marrow.core.hashes import check_file
 from marrow.loader import reader as reader_module
-from marrow.loader.reader import ShardReader
+from marrow.loader.reader import Rows, ShardReader
+from marrow.loader.source import LocalFiles
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +48,9 @@ def test_rows_come_in_the_order_asked_for(
 def test_what_is_picked_outlives_the_reader(shards: Path, table: list[dict[str, object]]) -> None:
     with ShardReader(shards) as reader:
         picked = reader.take(np.arange(3))
+    out = np.empty((3, reader.manifest.context + 1), dtype=np.int64)
+    picked.stack(out)
+    assert out.tolist() == [row["tokens"] for row in table[:3]]
     assert picked.tokens[2].tolist() == table[2]["tokens"]
 
 
@@ -65,21 +73,92 @@ def test_a_row_tells_its_documents(shards: Path, table: list[dict[str, object]])
             )
 
 
-def test_a_shard_is_checked_once_and_only_when_wanted(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_is_checked_once_a_process_and_only_when_wanted(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checked: list[str] = []
+    name_of = {check_file(path): path.name for path in copy.glob("*.arrow")}
 
-    def counting(path: Path) -> str:
-        checked.append(path.name)
-        return check_file(path)
+    def counting(data: Any) -> str:
+        found = xxhash.xxh3_128_hexdigest(data)
+        checked.append(name_of[found])
+        return found
 
-    monkeypatch.setattr(reader_module, "check_file", counting)
-    with ShardReader(shards) as reader:
+    with ShardReader(copy) as reader:
+        names = [shard.name for shard in reader.manifest.shards]
+        every = np.arange(reader.num_rows)
+        assert len(reader.check) == 32
+        monkeypatch.setattr(reader_module, "xxh3_128_hexdigest", counting)
         assert checked == []
         for _ in range(3):
             reader.take(np.array([0, 1]))
-        assert checked == ["train-00000.arrow"]
-        reader.take(np.arange(reader.manifest.num_rows))
-        assert checked == [shard.name for shard in reader.manifest.shards]
+        assert checked == names[:1]
+        reader.take(every)
+    with ShardReader(copy) as again:
+        again.take(every)
+    assert checked == names
+    reader_module.forget_verified()
+    with ShardReader(copy) as forgetful:
+        forgetful.take(every)
+    assert checked == names * 2
+
+
+def test_a_shard_that_changed_is_checked_again(copy: Path) -> None:
+    with ShardReader(copy) as reader:
+        reader.take(np.arange(reader.num_rows))
+    path = copy / "train-00001.arrow"
+    data = bytearray(path.read_bytes())
+    data[-300] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns + 1))
+    with ShardReader(copy) as reader, pytest.raises(DataError, match="its xxh3"):
+        reader.take(np.arange(reader.num_rows))
+
+
+class CountingFiles(LocalFiles):
+    """Shards of a folder as a cache gives them: only some may be open, and all is written down."""
+
+    max_open = 2
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(sorted(folder.glob("*.arrow")))
+        self.pins: list[int] = []
+        self.soon: list[list[int]] = []
+
+    def path(self, index: int) -> Path:
+        self.pins.append(index)
+        return super().path(index)
+
+    def release(self, index: int) -> None:
+        self.pins.remove(index)
+
+    def ahead(self, indices: list[int]) -> None:
+        self.soon.append(indices)
+
+
+def test_shards_that_cost_room_are_let_go(shards: Path, table: list[dict[str, object]]) -> None:
+    files = CountingFiles(shards)
+    rng = np.random.default_rng(0)
+    held: list[tuple[Rows, list[int]]] = []
+    with ShardReader(shards, files) as reader:
+        shard_of = np.repeat(np.arange(len(reader.rows_of_shards)), reader.rows_of_shards)
+        for _ in range(30):
+            rows = rng.integers(0, reader.num_rows, 5)
+            used = set(shard_of[rows].tolist())
+            held.append((reader.take(rows), rows.tolist()))
+            assert used <= set(files.pins), "what is read is pinned"
+            assert len(files.pins) == len(set(files.pins)) <= max(files.max_open, len(used))
+        reader.ahead(np.array([reader.num_rows - 1, 0, 1]))
+        reader.ahead(np.array([reader.num_rows - 1, 0, 2]))
+        assert files.soon == [[int(shard_of[-1]), 0]], "each list of shards is told once"
+        assert not reader.is_local
+    assert files.pins == []
+    # Rows outlive the shards that were let go after them.
+    for picked, rows in held:
+        assert picked.tokens.tolist() == [table[row]["tokens"] for row in rows]
+        out = np.empty((5, picked.stored), dtype=np.int64)
+        picked.stack(out)
+        assert out.tolist() == [table[row]["tokens"] for row in rows]
 
 
 # Faults

@@ -1,151 +1,168 @@
 """The loader: batches in the global order, from any position, ready before they are needed.
 
     with Loader(shards, batch_rows=16, seed=0) as loader:
-        for batch in loader:            # without end: epoch follows epoch
+        for batch in loader:            # without end, unless `stop` says where
             step(batch)
             checkpoint(loader.state())  # the batches given out so far, not those read ahead
 
-`state()` is three numbers and a check; a loader made from it goes on with the very next row, on
-any number of ranks. The wait for a batch is charged to the span "data wait"; the work done
-meanwhile on the loader's thread is listed apart as "data".
+`state()` is a few numbers; a loader made from it goes on with the very next row, on any number of
+ranks. The wait for a batch is charged to the stages that it was in (`loader/supply.py`).
+
+    plan.py, mixture.py     position -> row         order.py    this rank's rows of each batch
+    reader.py, batch.py     rows -> batch           supply.py   when that is done, and by whom
 """
 
-import json
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, cast
 
-import numpy as np
-from numpy.typing import NDArray
+from typing_extensions import TypeVar  # of typing from 3.13 on, with a default
 
 from marrow.core.errors import DataError, UsageError
-from marrow.core.hashes import check_file
-from marrow.core.span import Ledger, span
-from marrow.data.manifest import FILE_NAME as MANIFEST_FILE
 from marrow.data.manifest import Manifest
-from marrow.loader.batch import Batch, make_batch
-from marrow.loader.plan import Plan
-from marrow.loader.prefetch import Prefetcher
+from marrow.loader.batch import Batch, LayRows
+from marrow.loader.cache import Cache
+from marrow.loader.making import GroupMaker
+from marrow.loader.order import MOST_POSITIONS, Jobs, Walk, merge
+from marrow.loader.plan import FullShuffle, Order, WindowShuffle
 from marrow.loader.reader import ShardReader
+from marrow.loader.source import Reader
+from marrow.loader.state import LoaderState as LoaderState
+from marrow.loader.supply import Supply
 
-Ranges = tuple[tuple[int, int], ...]
-
-# PERF: rows of a batch of 16 take numpy 300 us, those of 2048 positions 1.2 ms.
-_PLAN_AHEAD = 2048
-
-
-@dataclass(frozen=True, slots=True)
-class LoaderState:
-    """Where a run stands in the global order.
-
-    position: the first one not yet given out, counted over epochs and ranks. skip: [low, high)
-    positions never given out. manifest: check of the shards' manifest, so that a state is not
-    used on other data.
-    """
-
-    seed: int
-    position: int
-    skip: Ranges = ()
-    manifest: str = ""
-
-    def to_json(self) -> str:
-        """Write the state for a human and for `from_json`."""
-        return json.dumps(asdict(self), indent=1) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> "LoaderState":
-        """Read what `to_json` wrote. Raises: DataError if it is something else."""
-        try:
-            values = json.loads(text)
-            skip = tuple((int(low), int(high)) for low, high in values["skip"])
-            return cls(int(values["seed"]), int(values["position"]), skip, str(values["manifest"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"this is no loader state: {error!r}", hint="the checkpoint is damaged; use an earlier one"
-            ) from error
+B = TypeVar("B", default=Batch)
+MakeOrder = Callable[[Any, int], Order]
+# PERF: what is done once a job costs some 20 us, as much as 30 rows of 1024 tokens.
+JOB_ROWS = 128
+Source = Path | str | list[Path] | tuple[Path, ...] | Reader[Any]
 
 
-class Loader:
-    """An endless iterator of batches and a context manager.
+class Loader(Generic[B]):
+    """An iterator of batches and a context manager.
 
-    Args: batch_rows: rows of a global batch, a multiple of `world`; this rank gets its contiguous
-        part of each. start: first position. skip: ranges [low, high) of positions to leave out.
-        prefetch: batches made ahead on a thread; 0 makes each when it is asked for. ledger: where
-        the thread's work is listed.
+    Args: source: a folder of shards, several of them, a URL, or any `Reader`. batch_rows: rows of
+        a global batch, a multiple of `world`; this rank gets its contiguous part of each. start:
+        first position.
+        collate: (rows, samples) -> batch; by default `LayRows`, which makes a `Batch`.
+        window: shards that are shuffled together (`WindowShuffle`); None shuffles all rows.
+        order: (reader, seed) -> Order, in place of `window`. skip: ranges [low, high) of positions
+        to leave out. stop: where to end; the last batch may be short, by whole rows of each rank.
+        prefetch: batches made ahead on a thread (small ones by groups of `JOB_ROWS` rows); 0 makes
+        them when they are asked for. workers:
+        processes that make batches. cache: where shards of a URL are kept.
     Raises: UsageError for numbers that do not fit; DataError or SourceError for bad shards.
     """
 
     def __init__(
         self,
-        shards_folder: Path,
+        source: Source,
         batch_rows: int,
         seed: int,
         rank: int = 0,
         world: int = 1,
         start: int = 0,
         *,
+        collate: Callable[[Any, range], B] | None = None,
+        window: int | None = None,
+        order: MakeOrder | None = None,
         skip: Sequence[tuple[int, int]] = (),
+        stop: int | None = None,
         prefetch: int = 2,
-        ledger: Ledger | None = None,
+        workers: int = 0,
+        cache: Cache | None = None,
     ) -> None:
-        _check_numbers(batch_rows, rank, world, start, prefetch)
-        self._reader = ShardReader(shards_folder)
-        self._plan = Plan(self._reader.manifest.num_rows, seed)
-        self._rank, self._world = rank, world
-        self._prefetch = prefetch
-        self._ledger = ledger
-        self._state = LoaderState(seed, start, _merge(skip), check_file(shards_folder / MANIFEST_FILE))
-        self._order = _Order(self._plan, start, batch_rows, self._state.skip)
-        self._thread: Prefetcher[tuple[Batch, int]] | None = None
+        _check_numbers(batch_rows, rank, world, start)
         self._closed = False
+        self.reader: Reader[Any] = _open(source, cache)
+        try:
+            self.order = _make_order(self.reader, seed, window, order)
+            self._position = start
+            self._start = LoaderState(seed, start, merge(skip), self.reader.check, self.order.name)
+            made = cast(Callable[[Any, range], B], collate or LayRows())
+            walk = Walk(
+                self.order,
+                start,
+                batch_rows,
+                rank=rank,
+                world=world,
+                skip=self._start.skip,
+                stop=stop,
+                ahead=None if getattr(self.reader, "is_local", False) else self.reader.ahead,
+            )
+            self._supply: Supply[Jobs, list[tuple[B, int]]] = Supply(
+                GroupMaker(self.reader, made),
+                walk.many(max(1, JOB_ROWS * world // batch_rows) if hasattr(made, "many") else 1),
+                prefetch=prefetch,
+                workers=workers,
+                describe=lambda jobs: f"positions {jobs.samples[0].start} to {jobs.samples[-1].stop - 1}",
+            )
+            self._batches = 0
+            self._ready: list[tuple[B, int]] = []  # of the job taken last, the next one last
+        except BaseException:
+            self.reader.close()
+            raise
 
     @classmethod
-    def resume(cls, shards_folder: Path, batch_rows: int, state: LoaderState, **options: Any) -> "Loader":
+    def resume(
+        cls,
+        source: Source,
+        batch_rows: int,
+        state: LoaderState,
+        **options: Any,
+    ) -> "Loader[B]":
         """Open a loader that goes on after `state`. Options as of the class, without seed and start.
 
-        Raises: DataError if the shards are not those that the state was taken from.
+        Raises: DataError if the data or the order are not those that the state was taken from.
         """
-        loader = cls(shards_folder, batch_rows, state.seed, start=state.position, skip=state.skip, **options)
-        if state.manifest and loader.state().manifest != state.manifest:
+        loader = cls(source, batch_rows, state.seed, start=state.position, skip=state.skip, **options)
+        found = loader.state()
+        try:
+            if state.manifest and found.manifest != state.manifest:
+                raise DataError(
+                    f"{source} is not the data that this run was started on",
+                    hint="resume with the shards of the checkpoint's own lineage, or start a new run",
+                )
+            if found.order != state.order:
+                raise DataError(
+                    f'the state is a position in the order "{state.order}", the loader\'s is "{found.order}"',
+                    hint="resume with the window or mixture that the run was started with",
+                )
+        except DataError:
             loader.close()
-            raise DataError(
-                f"{shards_folder} is not the data that this run was started on",
-                hint="resume with the shards of the checkpoint's own lineage, or start a new run",
-            )
+            raise
         return loader
 
     @property
     def manifest(self) -> Manifest:
-        """What the shards hold."""
-        return self._reader.manifest
+        """What the shards hold, of several folders the first."""
+        assert isinstance(self.reader, ShardReader), "only shards have a manifest"
+        return self.reader.manifest
 
     def state(self) -> LoaderState:
         """Return the state after the batches given out so far."""
-        return self._state
+        return replace(self._start, position=self._position)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def counters(self) -> dict[str, Any]:
+        """Return what happened so far: batches, seconds waited and worked by stage (`Supply.counters`)."""
+        return self._supply.counters() | {"batches": self._batches}
+
+    def __iter__(self) -> Iterator[B]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> B:
         if self._closed:
             raise UsageError("the loader is closed", hint="take batches inside its `with` block")
-        with span("data wait"):
-            if self._prefetch == 0:
-                batch, end = self._make()
-            else:
-                if self._thread is None:
-                    self._thread = Prefetcher(self._make, self._prefetch, "marrow-loader")
-                batch, end = self._thread.take()
-        if self._prefetch and self._ledger is not None:
-            self._ledger.overlap("data", batch.build_s)
+        if not self._ready:
+            self._ready = self._supply.take()[::-1]
+        batch, end = self._ready.pop()
+        self._batches += 1
         # Last of all: an interrupt before this line loses no sample, the state still names it.
-        self._state = replace(self._state, position=end)
+        self._position = end
         return batch
 
-    def __enter__(self) -> "Loader":
+    def __enter__(self) -> "Loader[B]":
         return self
 
     def __exit__(
@@ -154,69 +171,46 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Stop the thread and let the files go. Closing twice is fine."""
+        """Stop threads and processes and let the files go. Closing twice is fine."""
         self._closed = True
-        if self._thread is not None:
-            self._thread.close()
-            self._thread = None
-        self._reader.close()
-
-    def _make(self) -> tuple[Batch, int]:
-        """Make this rank's part of the next global batch; return it and where the batch ends."""
-        start_s = time.perf_counter()
-        positions_B, rows_B = self._order.next_batch()
-        size = len(rows_B) // self._world
-        mine = slice(self._rank * size, (self._rank + 1) * size)
-        samples = range(int(positions_B[mine][0]), int(positions_B[mine][-1]) + 1)
-        batch = make_batch(self._reader.take(rows_B[mine]), samples)
-        return replace(batch, build_s=time.perf_counter() - start_s), int(positions_B[-1]) + 1
+        self._ready.clear()
+        self._supply.close()
+        self.reader.close()
 
 
-class _Order:
-    """Walks the plan from a position, batch by batch, leaving the skipped ranges out."""
+def _open(source: Source, cache: Cache | None) -> Reader[Any]:
+    if isinstance(source, str) and "://" in source:
+        from marrow.loader.stream import CachedShards  # with an object-store client: local data needs none
 
-    def __init__(self, plan: Plan, start: int, batch_rows: int, skip: Ranges) -> None:
-        self._plan = plan
-        self._next = start
-        self._batch_rows = batch_rows
-        self._skip = [(low, high) for low, high in skip if high > start]
-        self._positions = np.empty(0, dtype=np.int64)
-        self._rows = np.empty(0, dtype=np.int64)
-
-    def next_batch(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        while len(self._positions) < self._batch_rows:
-            self._extend(max(self._batch_rows, min(_PLAN_AHEAD, self._plan.num_rows)))
-        size = self._batch_rows
-        batch = self._positions[:size], self._rows[:size]
-        self._positions, self._rows = self._positions[size:], self._rows[size:]
-        return batch
-
-    def _extend(self, count: int) -> None:
-        while self._skip and self._skip[0][0] <= self._next:
-            self._next = max(self._next, self._skip.pop(0)[1])
-        end = self._next + count
-        if self._skip:
-            end = min(end, self._skip[0][0])
-        positions = np.arange(self._next, end, dtype=np.int64)
-        self._positions = np.concatenate((self._positions, positions))
-        self._rows = np.concatenate((self._rows, self._plan.rows(positions)))
-        self._next = end
+        if cache is None:
+            raise UsageError(
+                f"{source} is a URL and no cache is given", hint="say cache=Cache(folder, max_bytes)"
+            )
+        shards = CachedShards.open(source, cache)
+        assert shards.folder is not None
+        return ShardReader(shards.folder, shards)
+    if isinstance(source, Path | str):
+        return ShardReader(Path(source))
+    return ShardReader(source) if isinstance(source, list | tuple) else source
 
 
-def _merge(skip: Sequence[tuple[int, int]]) -> Ranges:
-    """Sort ranges and join those that touch."""
-    merged: list[tuple[int, int]] = []
-    for low, high in sorted(skip):
-        if not 0 <= low < high:
-            raise UsageError(f"skip range ({low}, {high}) is empty or negative", hint="write [low, high)")
-        if merged and low <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
-        else:
-            merged.append((low, high))
-    return tuple(merged)
+def _make_order(reader: Reader[Any], seed: int, window: int | None, order: MakeOrder | None) -> Order:
+    if order is not None:
+        if window is not None:
+            raise UsageError("window and order are both given", hint="give the window to the order")
+        return order(reader, seed)
+    if window is None:
+        return FullShuffle(reader.num_rows, seed)
+    sizes = getattr(reader, "rows_of_shards", None)
+    if sizes is None or window < 1:
+        raise UsageError(
+            f"window = {window} cannot be used with this source",
+            hint="it counts shards, from 1 on; a source without shards is shuffled as a whole",
+        )
+    return WindowShuffle(sizes, seed, window)
 
 
-def _check_numbers(batch_rows: int, rank: int, world: int, start: int, prefetch: int) -> None:
+def _check_numbers(batch_rows: int, rank: int, world: int, start: int) -> None:
     if batch_rows < 1 or world < 1 or batch_rows % world:
         raise UsageError(
             f"a batch of {batch_rows} rows cannot be shared by {world} ranks",
@@ -224,5 +218,5 @@ def _check_numbers(batch_rows: int, rank: int, world: int, start: int, prefetch:
         )
     if not 0 <= rank < world:
         raise UsageError(f"there is no rank {rank} of {world}", hint="ranks count from 0")
-    if start < 0 or prefetch < 0:
-        raise UsageError(f"start = {start} and prefetch = {prefetch} cannot be negative")
+    if not 0 <= start <= MOST_POSITIONS:
+        raise UsageError(f"start = {start} is out of range", hint="positions are 0 to 2^63 - 1")

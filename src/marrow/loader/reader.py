@@ -1,11 +1,17 @@
-"""Reads packed rows from memory-mapped shards, without a copy until rows are picked.
+"""Reads packed rows from memory-mapped shards, without a copy until rows become a batch.
 
-A shard's columns become numpy views on the mapped file when a row of it is first wanted; its
-xxh3 is checked then, once for each reader. What is wrong with the folder as a whole (a file that
-is missing or cut short) is found at the start, since that costs nothing.
+A shard is mapped when a row of it is first wanted; its xxh3 is checked then, once for each
+process. What is wrong with the folder as a whole (a file that is missing or cut short) is found at
+the start, since that costs nothing. Several folders with one tokenizer and context are one array
+of rows, one folder after the other: what a mixture draws from.
 """
 
-from dataclasses import dataclass
+import mmap
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,56 +19,109 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from xxhash import xxh3_128_hexdigest
 
-from marrow.core.errors import DataError, explain_os_errors
-from marrow.core.hashes import check_file
+from marrow.core.errors import DataError, UsageError, explain_os_errors
+from marrow.core.hashes import check_file, hash_value
+from marrow.data.manifest import FILE_NAME as MANIFEST_FILE
 from marrow.data.manifest import Manifest, ShardEntry
+from marrow.kernels.gather_rows import Columns, RowTable
+from marrow.loader.source import Files, LocalFiles
+from marrow.loader.stages import stage
 
 Int64Array = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
 class Rows:
-    """Packed rows, as arrays that own their memory.
+    """Rows that were picked, still where they are stored: copied once, into what a batch is made of."""
 
-    tokens: uint16 or uint32 [N, T+1]. starts: int64, where documents begin, row after row, with
-    starts_of: int64 [N+1], so that row n has starts[starts_of[n]:starts_of[n+1]].
-    num_tokens: int64 [N], without padding.
-    """
+    def __init__(self, table: RowTable, rows_B: Int64Array) -> None:
+        self._table, self._rows_B = table, rows_B
 
-    tokens: NDArray[Any]
-    starts: Int64Array
-    starts_of: Int64Array
-    num_tokens: Int64Array
+    def __len__(self) -> int:
+        return len(self._rows_B)
 
+    @property
+    def stored(self) -> int:
+        """Return the tokens of a row, T + 1."""
+        return self._table.stored
 
-@dataclass(frozen=True, slots=True)
-class _Shard:
-    """Views on a mapped file; `map` keeps it open."""
+    def stack(self, out: Int64Array) -> None:
+        """Write tokens, int64 [B, T+1]."""
+        self._table.stack(self._rows_B, out)
 
-    tokens: NDArray[Any]
-    starts: NDArray[np.int32]
-    starts_of: NDArray[np.int32]
-    document_ids: Int64Array
-    document_offsets: Int64Array
-    num_tokens: NDArray[np.int32]
-    map: pa.MemoryMappedFile
+    def lay(
+        self,
+        tokens_N: Int64Array,
+        targets_N: Int64Array,
+        positions_N: Int64Array,
+        document_N: NDArray[np.int32],
+        each: int,
+    ) -> list[int]:
+        """Lay the rows end to end, as batches of `each` (see `Batch`); return the targets in each."""
+        return self._table.lay(self._rows_B, tokens_N, targets_N, positions_N, document_N, each)
+
+    @cached_property
+    def tokens(self) -> NDArray[Any]:
+        """Tokens as they are stored, uint16 or uint32 [B, T+1], a copy."""
+        return self._table.tokens(self._rows_B)
+
+    @cached_property
+    def starts(self) -> Int64Array:
+        """Where documents begin in their row, int64, row after row."""
+        return self._table.starts(self._rows_B)[0]
+
+    @cached_property
+    def starts_of(self) -> Int64Array:
+        """Row n has starts[starts_of[n]:starts_of[n+1]]; int64 [B+1]."""
+        return self._table.starts(self._rows_B)[1]
+
+    @cached_property
+    def num_tokens(self) -> Int64Array:
+        """Tokens without padding, int64 [B]."""
+        return self._table.num_tokens(self._rows_B)
 
 
 class ShardReader:
-    """All shards of a folder as one array of rows. Closing twice is fine."""
+    """All shards of one or more folders as one array of rows: a `Reader[Rows]`. Closing twice is fine.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.manifest = Manifest.read(folder)
-        self._first_row = np.cumsum([0, *(shard.num_rows for shard in self.manifest.shards)])
-        self._open: dict[int, _Shard] = {}
-        for entry in self.manifest.shards:
-            path = folder / entry.name
-            with explain_os_errors("open a shard", path):
-                num_bytes = path.stat().st_size
-            if num_bytes != entry.num_bytes:
-                raise _damaged(path, f"it has {num_bytes} bytes, the manifest says {entry.num_bytes}")
+    Args: folders: with a manifest each. files: where the shards are, if not in the one folder.
+    Raises: SourceError or DataError for a folder that cannot be read; UsageError for folders that
+        do not go together.
+    """
+
+    def __init__(self, folders: Path | Sequence[Path], files: Files | None = None) -> None:
+        self.folders = (folders,) if isinstance(folders, Path) else tuple(folders)
+        self.manifests = tuple(Manifest.read(folder) for folder in self.folders)
+        _check_alike(self.folders, self.manifests)
+        self.manifest = self.manifests[0]
+        self._given_files = files
+        self._entries = [entry for manifest in self.manifests for entry in manifest.shards]
+        self._files = files or _local(self.folders, self.manifests)
+        self.rows_of_shards = np.array([entry.num_rows for entry in self._entries], dtype=np.int64)
+        self._table = RowTable(self.rows_of_shards.tolist(), self.manifest.context + 1)
+        self._open: OrderedDict[int, _Shard] = OrderedDict()  # the one used longest ago first
+        self._ahead: list[int] = []
+        self.num_rows = int(self.rows_of_shards.sum())
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a worker process maps the files anew
+        return ShardReader, (self.folders, self._given_files)
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder, the first of several."""
+        return self.folders[0]
+
+    @property
+    def is_local(self) -> bool:
+        """Tell whether the shards are on this machine for good, so that nothing is fetched ahead."""
+        return self._files.max_open is None
+
+    @cached_property
+    def check(self) -> str:
+        """Identify the data: the check of the manifest, of several folders a hash of all."""
+        checks = [check_file(folder / MANIFEST_FILE) for folder in self.folders]
+        return checks[0] if len(checks) == 1 else hash_value(checks)[:32]
 
     def __enter__(self) -> "ShardReader":
         return self
@@ -74,82 +133,189 @@ class ShardReader:
 
     def close(self) -> None:
         """Let the mapped files go."""
-        self._open.clear()
+        # A new table, not an emptied one: rows that are still held keep what they read from.
+        self._table = RowTable(self.rows_of_shards.tolist(), self.manifest.context + 1)
+        for index in list(self._open):
+            self._drop(index)
+        self._files.close()
 
     def take(self, rows_N: Int64Array) -> Rows:
-        """Copy rows, in the order asked for.
+        """Pick rows, in the order asked for.
 
-        Args: rows_N: int64 [N], 0 <= row < manifest.num_rows.
+        Args: rows_N: int64 [N], 0 <= row < num_rows.
         Raises: DataError naming the shard if its bytes are not those that were written.
-        Cost: one gather per shard touched, no loop over rows.
+        Cost: nanoseconds a row, once its shard is open; nothing is copied yet.
         """
-        shard_N = np.searchsorted(self._first_row, rows_N, side="right") - 1
-        tokens = np.empty((len(rows_N), self.manifest.context + 1), dtype=self.manifest.dtype)
-        num_tokens = np.empty(len(rows_N), dtype=np.int64)
-        counts = np.empty(len(rows_N), dtype=np.int64)
-        parts: list[tuple[_Shard, Int64Array, Int64Array]] = []
-        for index in np.unique(shard_N):
-            shard = self._shard(int(index))
-            here = np.flatnonzero(shard_N == index)
-            local = rows_N[here] - self._first_row[index]
-            tokens[here] = shard.tokens[local]
-            num_tokens[here] = shard.num_tokens[local]
-            counts[here] = shard.starts_of[local + 1] - shard.starts_of[local]
-            parts.append((shard, here, local))
-        starts_of = np.concatenate(([0], np.cumsum(counts)))
-        starts = np.empty(starts_of[-1], dtype=np.int64)
-        for shard, here, local in parts:
-            starts[_ragged(starts_of[here], counts[here])] = shard.starts[
-                _ragged(shard.starts_of[local], counts[here])
-            ]
-        return Rows(tokens, starts, starts_of, num_tokens)
+        rows_N = np.ascontiguousarray(rows_N, dtype=np.int64)
+        table = self._table
+        while (index := table.missing(rows_N)) is not None:
+            self._add(index)
+        return Rows(table, rows_N) if self.is_local else self._compact(rows_N)
+
+    def ahead(self, rows_N: Int64Array) -> None:
+        """Tell the files which shards come soon."""
+        if self.is_local:
+            return
+        soon = list(dict.fromkeys(self._shard_of(rows_N).tolist()))
+        if soon != self._ahead:
+            self._ahead = soon
+            self._files.ahead(soon)
 
     def documents(self, row: int) -> list[tuple[int, int, int, int]]:
         """List a row's pieces as (document id, offset in the document, start, end in the row)."""
-        index = int(np.searchsorted(self._first_row, row, side="right")) - 1
-        shard = self._shard(index)
-        local = row - int(self._first_row[index])
-        span = slice(int(shard.starts_of[local]), int(shard.starts_of[local + 1]))
-        starts = shard.starts[span].tolist()
-        ends = [*starts[1:], int(shard.num_tokens[local])]
+        picked = self.take(np.array([row]))
+        index = int(self._shard_of(np.array([row]))[0])
+        shard = self._open[index]
+        first = shard.columns.starts_of[row - int(self._table.first_row[index])]
+        starts = picked.starts.tolist()
+        span = slice(int(first), int(first) + len(starts))
+        ends = [*starts[1:], int(picked.num_tokens[0])]
         ids, offsets = shard.document_ids[span].tolist(), shard.document_offsets[span].tolist()
         return list(zip(ids, offsets, starts, ends, strict=True))
 
-    def _shard(self, index: int) -> _Shard:
-        if index not in self._open:
-            self._open[index] = self._map(self.manifest.shards[index])
-        return self._open[index]
+    def _compact(self, rows_N: Int64Array) -> Rows:
+        """Give the rows a table of their own shards, which stay mapped as long as the rows are used.
 
-    def _map(self, entry: ShardEntry) -> _Shard:
-        path = self.folder / entry.name
-        with explain_os_errors("read a shard", path):
-            found = check_file(path)
-            if found != entry.xxh3:
-                raise _damaged(path, f"its xxh3 is {found}, the manifest says {entry.xxh3}")
-            mapped = pa.memory_map(str(path))
-        batch = pa.ipc.open_file(mapped).get_batch(0)
-        tokens = batch.column("tokens")
-        context = tokens.type.list_size - 1
-        if context != self.manifest.context or batch.num_rows != entry.num_rows:
-            raise _damaged(path, f"it holds {batch.num_rows} rows of {context} + 1 tokens")
-        starts = batch.column("document_starts")
-        return _Shard(
-            tokens=tokens.flatten().to_numpy().reshape(batch.num_rows, context + 1),
-            starts=starts.flatten().to_numpy(),
-            starts_of=starts.offsets.to_numpy(),
-            document_ids=batch.column("document_ids").flatten().to_numpy(),
-            document_offsets=batch.column("document_offsets").flatten().to_numpy(),
-            num_tokens=batch.column("num_tokens").to_numpy(),
-            map=mapped,
+        The reader's own table then forgets the shards that were used longest ago.
+        """
+        first_row = self._table.first_row
+        used, shard_N = np.unique(self._shard_of(rows_N), return_inverse=True)
+        own = RowTable(self.rows_of_shards[used].tolist(), self._table.stored)
+        indices: list[int] = used.tolist()
+        for i, index in enumerate(indices):
+            self._open.move_to_end(index)
+            own.put(i, self._open[index].columns)
+        most = self._files.max_open or 0
+        for index in [index for index in self._open if index not in set(indices)]:
+            if len(self._open) <= most:
+                break
+            self._drop(index)
+        return Rows(own, rows_N - first_row[used][shard_N] + own.first_row[shard_N])
+
+    def _shard_of(self, rows_N: Int64Array) -> Int64Array:
+        return np.searchsorted(self._table.first_row, rows_N, side="right") - 1
+
+    def _add(self, index: int) -> None:
+        shard = self._map(index)
+        self._open[index] = shard
+        self._table.put(index, shard.columns)
+
+    def _drop(self, index: int) -> None:
+        self._table.drop(index)
+        del self._open[index]
+        self._files.release(index)
+
+    def _map(self, index: int) -> "_Shard":
+        entry = self._entries[index]
+        with stage("fetch"):
+            path = self._files.path(index)
+        shard = _Shard(path, entry, verify=not self._files.is_verified(index))
+        if shard.columns.tokens.shape != (entry.num_rows, self._table.stored):
+            rows, stored = shard.columns.tokens.shape
+            raise _damaged(path, f"it holds {rows} rows of {stored - 1} + 1 tokens")
+        return shard
+
+
+class _Shard:
+    """Views on a mapped file, which stays open as long as one of them is used."""
+
+    def __init__(self, path: Path, entry: ShardEntry, *, verify: bool) -> None:
+        with explain_os_errors("read a shard", path), path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            if found.st_size != entry.num_bytes:
+                raise _damaged(path, f"it has {found.st_size} bytes, the manifest says {entry.num_bytes}")
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if verify:
+            with stage("verify"):
+                _verify_once(path, found, mapped, entry.xxh3)
+        try:
+            batch = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(mapped))).get_batch(0)
+            columns = [
+                batch.column(name)
+                for name in ("tokens", "document_starts", "document_ids", "document_offsets", "num_tokens")
+            ]
+            tokens, starts, ids, offsets, num_tokens = columns
+            stored = tokens.type.list_size
+            if str(tokens.type.value_type) not in ("uint16", "uint32"):
+                raise KeyError(f"tokens are {tokens.type.value_type}")
+        except (pa.ArrowException, KeyError, IndexError, AttributeError) as error:
+            raise _damaged(path, f"it is no Arrow file of packed rows: {error}") from error
+        self.columns = Columns(
+            tokens=_view(tokens.values, batch.num_rows * stored).reshape(batch.num_rows, stored),
+            starts=_view(starts.values),
+            starts_of=_view(starts.offsets),
+            num_tokens=_view(num_tokens),
         )
+        self.document_ids: Int64Array = _view(ids.values)
+        self.document_offsets: Int64Array = _view(offsets.values)
 
 
-def _ragged(first_N: NDArray[Any], counts_N: Int64Array) -> Int64Array:
-    """Return the indices first[n], first[n] + 1, ... (counts[n] of them) for each n, end to end."""
-    ends_N = np.cumsum(counts_N)
-    shift_N = first_N - (ends_N - counts_N)
-    indices: Int64Array = np.arange(ends_N[-1] if len(ends_N) else 0) + np.repeat(shift_N, counts_N)
-    return indices
+def _view(array: Any, count: int | None = None) -> NDArray[Any]:
+    """Return a column's memory as an array. Not `to_numpy`: that imports pandas where it is installed."""
+    dtype = _DTYPES[str(array.type)]
+    count = len(array) if count is None else count
+    buffer = array.buffers()[1]
+    if not count or buffer is None:
+        return np.empty(0, dtype=dtype)
+    return np.frombuffer(buffer, dtype=dtype, count=count, offset=array.offset * np.dtype(dtype).itemsize)
+
+
+_DTYPES: dict[str, Any] = {"uint16": np.uint16, "uint32": np.uint32, "int32": np.int32, "int64": np.int64}
+
+
+def _verify_once(path: Path, found: os.stat_result, mapped: mmap.mmap, xxh3: str) -> None:
+    """Check the bytes of a mapped shard, once for each process and state of the file.
+
+    Raises: DataError naming the shard if they are not those that were written.
+    """
+    key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, xxh3)
+    with _lock:
+        if key in _verified:
+            return
+    # Of the mapping: nothing is copied, and its pages are there when rows are read.
+    computed = xxh3_128_hexdigest(mapped)
+    if computed != xxh3:
+        raise _damaged(path, f"its xxh3 is {computed}, the manifest says {xxh3}")
+    with _lock:
+        _verified.add(key)
+
+
+def forget_verified() -> None:
+    """Check every shard anew when it is next opened."""
+    with _lock:
+        _verified.clear()
+
+
+# Process-wide on purpose: two loaders of one process need not read a shard twice to check it.
+_verified: set[tuple[int, int, int, int, str]] = set()
+_lock = threading.Lock()
+
+
+def _local(folders: Sequence[Path], manifests: Sequence[Manifest]) -> LocalFiles:
+    """Find the shards in their folders; their sizes are checked at once."""
+    paths = []
+    for folder, manifest in zip(folders, manifests, strict=True):
+        for entry in manifest.shards:
+            path = folder / entry.name
+            with explain_os_errors("open a shard", path):
+                num_bytes = path.stat().st_size
+            if num_bytes != entry.num_bytes:
+                raise _damaged(path, f"it has {num_bytes} bytes, the manifest says {entry.num_bytes}")
+            paths.append(path)
+    return LocalFiles(paths)
+
+
+def _check_alike(folders: Sequence[Path], manifests: Sequence[Manifest]) -> None:
+    if not folders:
+        raise UsageError("no folder of shards is named", hint="name at least one")
+    first = manifests[0]
+    for folder, manifest in zip(folders, manifests, strict=True):
+        if manifest.context != first.context or manifest.tokenizer_sha256 != first.tokenizer_sha256:
+            raise UsageError(
+                f"{folder} has context {manifest.context} and tokenizer {manifest.tokenizer_sha256[:12]}, "
+                f"{folders[0]} {first.context} and {first.tokenizer_sha256[:12]}",
+                hint="mix shards that were written with one tokenizer and context",
+            )
 
 
 def _damaged(path: Path, why: str) -> DataError:

@@ -1,0 +1,194 @@
+/* Rows of mapped shards -> int64 arrays of a batch; and the keyed permutation that names the rows.
+
+   The twins in numpy stand in gather_rows.py, function by function; they are the oracle. Nothing
+   here allocates, keeps state or takes a lock. What a damaged file could say (a start beyond its
+   row) is bounded before it is used as an index. */
+
+#include <stdint.h>
+
+#define IGNORED (-100)
+#define CHUNK 256
+
+/* One line of the table of shards: addresses of its columns, and the bytes of a token. */
+typedef struct {
+    const void *tokens;        /* uint16 or uint32 [rows, stored] */
+    const int32_t *starts;     /* where documents begin, row after row */
+    const int32_t *starts_of;  /* [rows + 1] */
+    const int32_t *num_tokens; /* [rows] */
+    int64_t token_bytes;
+} shard_t;
+
+static inline uint64_t mix(uint64_t value, uint64_t key) {
+    value = (value ^ key) * UINT64_C(0xBF58476D1CE4E5B9);
+    value = (value ^ (value >> 27)) * UINT64_C(0x94D049BB133111EB);
+    return value ^ (value >> 31);
+}
+
+/* One pass of the Feistel network over many values; a plain loop, so that it is vectorised. */
+static void feistel(uint64_t *restrict values, int64_t count, int low_bits, int high_bits,
+                    const uint64_t *restrict keys) {
+    const uint64_t low_mask = (UINT64_C(1) << low_bits) - 1, high_mask = (UINT64_C(1) << high_bits) - 1;
+    for (int64_t i = 0; i < count; i++) {
+        uint64_t value = values[i];
+        for (int round = 0; round < 8; round += 2) {
+            value ^= (mix(value & low_mask, keys[round]) & high_mask) << low_bits;
+            value ^= mix(value >> low_bits, keys[round + 1]) & low_mask;
+        }
+        values[i] = value;
+    }
+}
+
+/* out[i] = where the permutation of [0, size) puts index[i]. */
+void permute(int64_t count, const int64_t *index, uint64_t size, int low_bits, int high_bits,
+             const uint64_t *keys, int64_t *out) {
+    uint64_t values[CHUNK];
+    int32_t place[CHUNK];
+    for (int64_t done = 0; done < count; done += CHUNK) {
+        int64_t moving = count - done < CHUNK ? count - done : CHUNK;
+        for (int64_t i = 0; i < moving; i++) {
+            values[i] = (uint64_t)index[done + i];
+            place[i] = (int32_t)i;
+        }
+        while (moving) {
+            feistel(values, moving, low_bits, high_bits, keys);
+            int64_t outside = 0; /* of [0, size): walk on */
+            for (int64_t i = 0; i < moving; i++) {
+                out[done + place[i]] = (int64_t)values[i];
+                values[outside] = values[i];
+                place[outside] = place[i];
+                outside += values[i] >= size;
+            }
+            moving = outside;
+        }
+    }
+}
+
+/* The shard of a row, by halving; rows come in no order, so there is nothing to remember. */
+static inline int64_t shard_of(int64_t row, int64_t num_shards, const int64_t *first_row) {
+    int64_t low = 0, length = num_shards;
+    while (length > 1) {
+        const int64_t half = length / 2;
+        low += first_row[low + half] <= row ? half : 0;
+        length -= half;
+    }
+    return low;
+}
+
+/* Look whether all rows can be read. Returns -1 if so, the first shard that is not open, or -2 - i
+   where rows[i] is out of range. */
+int64_t find_missing(int64_t count, const int64_t *rows, int64_t num_shards, const int64_t *first_row,
+                     const shard_t *shards) {
+    for (int64_t i = 0; i < count; i++) {
+        if (rows[i] < 0 || rows[i] >= first_row[num_shards])
+            return -2 - i;
+        const int64_t shard = shard_of(rows[i], num_shards, first_row);
+        if (!shards[shard].tokens)
+            return shard;
+    }
+    return -1;
+}
+
+/* Where a row's tokens are, and what it takes to know its documents. */
+typedef struct {
+    const shard_t *shard;
+    int64_t place;
+    const char *tokens;
+} row_t;
+
+static inline row_t find_row(int64_t row, int64_t num_shards, const int64_t *first_row, const shard_t *shards,
+                             int64_t stored) {
+    const int64_t index = shard_of(row, num_shards, first_row);
+    row_t found = {shards + index, row - first_row[index], 0};
+    found.tokens = (const char *)found.shard->tokens + found.place * stored * found.shard->token_bytes;
+    return found;
+}
+
+/* Widen a row; meanwhile ask for the lines of `next`, the row after it. A row is read from memory,
+   each at a place of its own: without that the copy waits for its first lines. */
+#define AHEAD 32 /* tokens, a cache line of uint16 */
+#define WIDEN(name, type)                                                                      \
+    static void name(const type *restrict from, int64_t count, int64_t *restrict to,           \
+                     const char *next) {                                                       \
+        int64_t t = 0;                                                                         \
+        for (; t + AHEAD <= count; t += AHEAD) {                                               \
+            __builtin_prefetch(next + t * (int64_t)sizeof(type));                              \
+            if (sizeof(type) > 2)                                                              \
+                __builtin_prefetch(next + t * (int64_t)sizeof(type) + 64);                     \
+            for (int64_t i = t; i < t + AHEAD; i++)                                            \
+                to[i] = from[i];                                                               \
+        }                                                                                      \
+        for (; t < count; t++)                                                                 \
+            to[t] = from[t];                                                                   \
+    }
+WIDEN(widen_16, uint16_t)
+WIDEN(widen_32, uint32_t)
+
+static inline void widen(row_t row, int64_t first, int64_t count, int64_t *to, row_t next) {
+    if (row.shard->token_bytes == 2)
+        widen_16((const uint16_t *)row.tokens + first, count, to, next.tokens);
+    else
+        widen_32((const uint32_t *)row.tokens + first, count, to, next.tokens);
+}
+
+/* out [count, stored] = the rows' tokens, padding included. */
+void stack_rows(int64_t count, const int64_t *rows, int64_t num_shards, const int64_t *first_row,
+                const shard_t *shards, int64_t stored, int64_t *out) {
+    row_t next = count ? find_row(rows[0], num_shards, first_row, shards, stored) : (row_t){0, 0, 0};
+    for (int64_t i = 0; i < count; i++) {
+        const row_t row = next;
+        if (i + 1 < count)
+            next = find_row(rows[i + 1], num_shards, first_row, shards, stored);
+        widen(row, 0, stored, out + i * stored, next);
+    }
+}
+
+/* positions and documents of one row, and the targets that cross documents. Returns the last number. */
+static int32_t number_documents(row_t row, int64_t context, int32_t document, int64_t *restrict targets,
+                                int64_t *restrict positions, int32_t *restrict documents) {
+    const int32_t *starts = row.shard->starts;
+    const int32_t low = row.shard->starts_of[row.place], high = row.shard->starts_of[row.place + 1];
+    int64_t start = 0;
+    for (int32_t piece = low; piece == low || piece < high; piece++) {
+        int64_t end = piece + 1 < high ? starts[piece + 1] : context;
+        end = end > context ? context : end < start ? start : end;
+        document++;
+        for (int64_t t = start; t < end; t++)
+            positions[t] = t - start;
+        for (int64_t t = start; t < end; t++)
+            documents[t] = document;
+        if (piece + 1 < high && end > 0)
+            targets[end - 1] = IGNORED; /* no document predicts the next one's first */
+        start = end;
+    }
+    return document;
+}
+
+/* Lay rows end to end, each [context] = stored - 1, for batches of `each` rows one after the other;
+   see loader/batch.py for what the arrays mean. num_targets[b]: targets that count in batch b. */
+void lay_rows(int64_t count, const int64_t *rows, int64_t num_shards, const int64_t *first_row,
+              const shard_t *shards, int64_t stored, int64_t each, int64_t *tokens, int64_t *targets,
+              int64_t *positions, int32_t *documents, int64_t *num_targets) {
+    const int64_t context = stored - 1;
+    int32_t document = -1;
+    row_t next = count ? find_row(rows[0], num_shards, first_row, shards, stored) : (row_t){0, 0, 0};
+    for (int64_t i = 0; i < count; i++) {
+        const row_t row = next;
+        if (i + 1 < count) {
+            next = find_row(rows[i + 1], num_shards, first_row, shards, stored);
+            __builtin_prefetch(next.shard->num_tokens + next.place);
+            __builtin_prefetch(next.shard->starts_of + next.place);
+        }
+        if (i % each == 0) {
+            document = -1;
+            num_targets[i / each] = 0;
+        }
+        const int64_t at = i * context;
+        widen(row, 0, context, tokens + at, next);
+        widen(row, 1, context, targets + at, row); /* its lines are here now */
+        const int64_t used = row.shard->num_tokens[row.place];
+        for (int64_t t = used > 1 ? used - 1 : 0; t < context; t++)
+            targets[at + t] = IGNORED;
+        document = number_documents(row, context, document, targets + at, positions + at, documents + at);
+        num_targets[i / each] += used - (row.shard->starts_of[row.place + 1] - row.shard->starts_of[row.place]);
+    }
+}
