@@ -11,8 +11,15 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-OWN_PROCESS = {"catalog"}  # peers whose dependencies clash with ours
-IN_PROCESS = {"train_step"}  # the rest find their peers among the test dependencies
+OWN_PROCESS = {"catalog", "commit", "dedup", "quality"}  # peers whose dependencies clash with ours
+IN_PROCESS = {
+    "loader",
+    "csv_to_parquet",
+    "train_step",
+    "tokenise",
+    "stream",
+}  # the rest find their peers among the test dependencies
+SAME_PEERS = {"resume": "loader"}
 
 
 def main() -> None:
@@ -32,6 +39,7 @@ def run(name: str) -> bool:
 
 def install(name: str) -> None:
     """Install a benchmark's peers once."""
+    name = SAME_PEERS.get(name, name)
     folder, wanted = ROOT / ".bench" / name, HERE / f"requirements-{name}.txt"
     ready = folder / "ready"
     if name not in OWN_PROCESS | IN_PROCESS or (ready.exists() and ready.read_text() == wanted.read_text()):

@@ -1,11 +1,14 @@
 """`marrow bench`: figures of a server that answers, an error for one that does not."""
 
 import json
+import os
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from marrow.cli.main import run
@@ -108,3 +111,80 @@ def test_the_kernels_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
     rows = json.loads(capsys.readouterr().out)
     assert {"rms_norm", "attention", "paged_attention"} <= {row["op"] for row in rows}
     assert all(row["microseconds"] > 0 and row["share_of_peak"] > 0 for row in rows)
+
+
+LOADER = ["bench", "loader", "--seconds", "0.1", "--step-ms", "4", "--batch-rows", "8"]
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"id": list(range(640))}), path, row_group_size=64)
+    return path
+
+
+def test_the_loader_is_measured_and_a_setting_named(
+    parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "loader.html"
+    arguments = [*LOADER, str(parquet), "--workers", "1", "--html", str(page), "--json"]
+    assert run(arguments) == 0
+    told = json.loads(capsys.readouterr().out)
+    tried = [(one["setting"]["workers"], one["setting"]["prefetch"]) for one in told["settings"]]
+    assert tried == [(0, 0), (0, 1), (0, 2), (0, 4), (1, 2)]
+    assert [one["setting"]["rows_of_shard"] for one in told["sizes"]] == [4, 16, 64, 256]
+    for one in [*told["settings"], *told["sizes"]]:
+        assert one["rows"] == 8 * one["batches"] > 0
+        assert 0 < one["busy"] <= 1
+        assert 0 < one["stepped_s"] + sum(one["waited_s"].values()) <= one["wall_s"]
+    assert told["recommended"]["setting"] in [one["setting"] for one in told["settings"]]
+    assert f"loader.workers = {told['recommended']['setting']['workers']}" in told["advice"]
+    html = page.read_text()
+    assert "<svg" in html
+    assert "workers=" in html
+
+
+def test_a_slow_transform_is_what_the_loader_bench_names(
+    parquet: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1] / "support")
+    arguments = [*LOADER, str(parquet), "--workers", "0", "--no-sizes", "--json", "--transform"]
+    assert run([*arguments, "loader_jobs:slow_transform"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    # 8 ms of work beside 4 ms of steps: at most half of the time is busy, however deep the prefetch.
+    assert told["recommended"]["busy"] < 0.65
+    assert told["settings"][0]["limit"] == "transform"  # without a thread, whatever else the machine does
+    assert "comes nearest" in told["advice"]
+
+
+@pytest.mark.slow
+def test_the_loader_bench_reads_a_runs_own_shards(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MARROW_HOME", str(finished))
+    with Store.open(finished) as store:
+        latest = store.runs.latest(recipe="tiny", limit=1)[0]
+        shards = next(step.artifact_id for step in latest.steps if step.name == "shards")
+    assert run([*LOADER, shards, "--workers", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("workers")
+    assert "loader.workers = 0" in shown
+    assert run([*LOADER, "tiny"]) == 1
+    assert "hint: give the id of the shards step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nothing_like_it:double", "loader_jobs:nothing", "loader_jobs"])
+def test_a_transform_that_is_not_there_ends_with_status_2(
+    name: str, parquet: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*LOADER, str(parquet), "--transform", name]) == 2
+    assert "hint: write MODULE:NAME" in capsys.readouterr().err
+
+
+def test_made_up_rows_leave_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert run([*LOADER, "--workers", "0", "--no-sizes"]) == 0
+    assert "prefetch" in capsys.readouterr().out
+    assert os.listdir(tmp_path) == []

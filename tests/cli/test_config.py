@@ -69,3 +69,17 @@ def test_a_wrong_key_in_a_file_is_refused_with_its_line(
     told = capsys.readouterr().err
     assert f"{path}:4" in told
     assert "did you mean 'batch_rows'?" in told
+
+
+def test_tables_with_free_keys_are_shown_and_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("[data.expect.'unit price (EUR)']\nmin = 0\nvalues = [1, 'x']\n", encoding="utf-8")
+    recipe = read_recipe(path, ['data.expect."a.b".regex="\\\\d+"', "data.types.id=int64"])
+    shown = lines(recipe)
+    again = tmp_path / "again.toml"
+    again.write_text("\n".join(shown), encoding="utf-8")
+    assert read_recipe(again, []).hash == recipe.hash
+    assert any(
+        line.startswith('expect."unit price (EUR)".min = 0 ') and "mine.toml:2" in line for line in shown
+    )
+    assert any(line.startswith("types.id = ") and "--set data.types.id" in line for line in shown)

@@ -144,3 +144,75 @@ def test_json_holds_the_overview_then_every_step(
     assert run(["why", "tiny", "--all"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("bottleneck: ") == 3
+
+
+def starved(**waits: float) -> dict[str, Any]:
+    """A ledger as `loader/supply.py` leaves it: 20 s of steps, and waits by stage."""
+    parts = {f"data wait: {stage}": {"seconds": s, "count": 9} for stage, s in waits.items()}
+    parts |= {"data wait": {"seconds": 0.01, "count": 9}, "step": {"seconds": 20.0, "count": 9}}
+    whole = sum(part["seconds"] for part in parts.values())
+    work = {f"data: {stage}": {"seconds": 2 * s, "count": 9} for stage, s in waits.items()}
+    return {"name": "train", "wall_s": whole, "cpu_s": 1.0, "parts": parts, "overlapped": work}
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting"),
+    [
+        ("fetch", "loader.cache_bytes"),
+        ("verify", "loader.prefetch"),
+        ("decode", "window"),
+        ("transform", "loader.workers"),
+        ("collate", "loader.workers"),
+        ("copy", "on_device"),
+        ("queue", "loader.prefetch"),
+    ],
+)
+def test_each_stage_of_a_starved_loader_is_named_with_its_setting(stage: str, setting: str) -> None:
+    waits = dict.fromkeys(["fetch", "decode", "transform", "collate"], 1.0) | {stage: 30.0}
+    told = named(starved(**waits))
+    assert told is not None
+    assert told["part"] == "data wait"
+    assert told["share"] == pytest.approx((sum(waits.values()) + 0.01) / (sum(waits.values()) + 20.01))
+    assert told["advice"].startswith(f"{stage} takes {30 / (sum(waits.values()) + 20.01):.0%} of the time: ")
+    assert setting in told["advice"]
+
+
+def test_the_number_of_workers_that_would_do_is_told() -> None:
+    told = named(starved(transform=30.0))
+    assert told is not None
+    assert told["advice"].endswith("3 workers would hide it")  # 60 s of work beside 20 s of steps
+
+
+def test_a_wait_that_is_not_the_most_is_still_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "ledger.json"
+    path.write_text(json.dumps(starved(transform=8.0)))
+    assert run(["why", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "bottleneck: step, 71% of the time" in shown
+    assert "data wait: 29% of the time" in shown
+    assert "raise loader.workers" in shown
+    path.write_text(json.dumps(starved(transform=0.5)))
+    assert run(["why", str(path)]) == 0
+    assert "data wait:  " not in capsys.readouterr().out
+
+
+def test_a_ledger_file_is_read_as_json_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "ledger.json"
+    path.write_text(json.dumps(starved(fetch=30.0)))
+    assert run(["why", str(path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told) == 1
+    assert told[0]["ledger"] == starved(fetch=30.0)
+    assert told[0]["bottleneck"]["part"] == "data wait"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": "x", "parts": {"a": 1}, "overlapped": {}}'])
+def test_what_is_no_ledger_file_is_refused(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "ledger.json"
+    path.write_text(text)
+    assert run(["why", str(path)]) == 1
+    assert "is no ledger" in capsys.readouterr().err

@@ -24,13 +24,14 @@ from marrow.core.progress import Progress
 from marrow.core.records import Artifact, Parent
 from marrow.core.span import span
 from marrow.data.config import PYTHON, DataRecipe, settings_of
+from marrow.data.engine import INLINE, Engine
 from marrow.data.shards_config import ShardsRecipe
 from marrow.data.sources import fingerprint
 from marrow.models.config import ModelConfig
 from marrow.serve.config import ServeRecipe
 from marrow.store.points import PointLog
 from marrow.store.runs import RunStep
-from marrow.store.steps import Step, StepResult, Workspace, run_step
+from marrow.store.steps import Step, StepResult, Watcher, Workspace, run_step
 from marrow.store.store import Store
 from marrow.text.config import TokenizerRecipe
 from marrow.train.config import TrainRecipe
@@ -45,13 +46,18 @@ Finished = Callable[[str, StepResult], None]
 
 @dataclass
 class Pipeline:
-    """Runs one recipe's steps, one after the other, and tells the catalog of each."""
+    """Runs one recipe's steps, one after the other, and tells the catalog of each.
+
+    engine: who does the pieces of the data steps; the artifacts are the same. watcher: told too.
+    """
 
     recipe: Recipe
     store: Store
     run_id: str
     log: PointLog
     finished: Finished
+    engine: Engine = INLINE
+    watcher: Watcher | None = None
     results: dict[str, StepResult] = field(default_factory=dict)
 
     def run(self) -> dict[str, StepResult]:
@@ -64,14 +70,16 @@ class Pipeline:
             module="marrow.data.ingest",
             config=[settings_of(data, "ingest"), fingerprint(data)],
             environment=python,
-            build=lambda ingest, work, progress: ingest.ingest(data, work.out, progress),
+            build=lambda ingest, work, progress: ingest.ingest(data, work.out, progress, engine=self.engine),
         )
         documents = self.step(
             "clean",
             module="marrow.data.clean",
             parents={"rows": rows},
             config=settings_of(data, "clean"),
-            build=lambda clean, work, progress: clean.clean(data, work.inputs["rows"], work.out, progress),
+            build=lambda clean, work, progress: clean.clean(
+                data, work.inputs["rows"], work.out, progress, engine=self.engine
+            ),
         )
         split = self.step(
             "split",
@@ -124,7 +132,12 @@ class Pipeline:
             parents={"split": split, "tokenizer": tokenizer},
             config=recipe,
             build=lambda shards, work, progress: shards.write_shards(
-                recipe, work.inputs["split"], work.inputs["tokenizer"], work.out, progress
+                recipe,
+                work.inputs["split"],
+                work.inputs["tokenizer"],
+                work.out,
+                progress,
+                engine=self.engine,
             ),
         )
 
@@ -257,7 +270,9 @@ class Pipeline:
                 environment=environment or {},
                 build=lambda work: build(load(module), work, progress),
             )
-            result = run_step(self.store, step, say=console.say, recipe_hash=self.recipe.hash)
+            result = run_step(
+                self.store, step, say=console.say, recipe_hash=self.recipe.hash, watcher=self.watcher
+            )
         self.log.flush()
         done = RunStep(kind, result.status, result.artifact.id, result.wall_s)
         self.store.runs.record(self.run_id, position, done)

@@ -4,16 +4,19 @@ import json
 import shlex
 import shutil
 import sys
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from marrow.cli import console
+from marrow.cli.engine import NAMES, engine_of
 from marrow.cli.pipeline import REPORT, Pipeline
 from marrow.cli.recipe import read_recipe
 from marrow.cli.story import read_findings, tell
 from marrow.cli.tables import run_table
+from marrow.cli.telling import events_of
 from marrow.core.errors import Interrupted, explain_os_errors
 from marrow.core.files import atomic_file
 from marrow.store.runs import RunStatus
@@ -24,16 +27,25 @@ from marrow.store.store import Store
 @click.command("run")
 @click.argument("path", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value.")
+@click.option(
+    "--engine",
+    "engine_name",
+    default="inline",
+    show_default=True,
+    metavar="NAME",
+    help=f"Who does the data steps: {NAMES}. The artifacts are the same.",
+)
+@click.option("--workers", type=click.IntRange(0), default=0, show_default="one a CPU", help="Of the engine.")
 @click.option("--json", "as_json", is_flag=True, help="Print all results as JSON on stdout.")
-def command(path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+def command(path: Path, overrides: tuple[str, ...], engine_name: str, workers: int, as_json: bool) -> None:
     """Run RECIPE: every step, or only those whose inputs changed since the last run."""
     recipe = read_recipe(path, overrides)
-    with Store.open() as store:
+    with closing(engine_of(engine_name, workers)) as engine, Store.open() as store:
         run_id = store.runs.start(recipe.name, recipe.hash)
         status: RunStatus = "failed"
         try:
-            with store.runs.log(run_id) as log:
-                results = Pipeline(recipe, store, run_id, log, finished).run()
+            with store.runs.log(run_id) as log, events_of(recipe.name, run_id, store) as events:
+                results = Pipeline(recipe, store, run_id, log, finished, engine, events).run()
             status = "done"
         except (KeyboardInterrupt, Interrupted):
             status = "interrupted"

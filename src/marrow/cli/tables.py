@@ -6,6 +6,7 @@ as they need to be, so that it can be piped. rich is imported only when somethin
 """
 
 import io
+import math
 import os
 import shutil
 import sys
@@ -24,9 +25,22 @@ if TYPE_CHECKING:
 BAR_WIDTH = 28
 PLAIN_WIDTH = 1_000  # columns where no terminal cuts lines
 OTHER_IS_LARGE = 0.25
+WAIT_IS_LARGE = 0.05  # of the time; then it is worth a hint though something else takes more
+WAIT = "data wait"  # parts "data wait: STAGE" are its own (loader/stages.py)
 
 # What to do when a part takes most of the time: the first word that the part's name holds counts.
 ADVICE = {
+    "data wait: fetch": "shards come too slowly from where they are: raise "
+    "loader.cache_bytes, lower loader.window, write larger shards, or move them nearer",
+    "data wait: verify": "checking bytes is the limit: it is done once for each shard and process; "
+    "raise loader.prefetch to spread it",
+    "data wait: decode": "decoding rows is the limit: raise loader.workers; for Parquet, shuffle in "
+    "a window of row groups, or write smaller ones",
+    "data wait: transform": "the transform is the limit: raise loader.workers, or do its work once, "
+    "before training",
+    "data wait: collate": "putting batches together is the limit: raise loader.workers, or pad less",
+    "data wait: copy": "copies to the device are the limit: copy smaller types and convert there (on_device)",
+    "data wait: queue": "batches stand in line: raise loader.prefetch, or leave the loader a core",
     "data wait": "the loader is the limit: put the shards on a faster disk, or leave a core to it",
     "checkpoint": "checkpoints stop the run: raise train.checkpoint_every",
     "snapshot": "snapshots stop the run: keep fewer of them",
@@ -40,9 +54,17 @@ ADVICE = {
     "prefill": "prompts are the limit: let them share a prefix, or shorten them",
     "decode": "weights and KV cache are read for every token: serve more requests at once",
     "draw": "drawing tokens is the limit: temperature 0 costs least",
+    "encode": "encoding is the limit: it is cached until documents or tokenizer change; "
+    "--engine threads uses more cores",
+    "workers": "pieces of work are waited for: raise --workers, up to the number of CPUs",
     "tokeni": "tokenising is the limit: it is cached until the rows change",
+    "quality": "the quality rules are the limit: --engine processes shares them among cores",
+    "personal": "looking for personal data is the limit: --engine processes shares it among cores",
+    "expectation": "expectations are the limit: unique and refers_to on long texts cost most",
+    "profile": "the profile is the limit: columns of different long texts cost most",
     "duplicate": "finding duplicates is the limit: it is cached until the rows or its rules change",
     "signature": "finding duplicates is the limit: it is cached until the rows or its rules change",
+    "decontaminat": "looking for evaluation texts is the limit: it is cached until they or the rows change",
     "ngram": "the n-gram baseline is the limit: it is cached until the tokens change",
     "xz": "the xz baseline is the limit: it is cached until the text changes",
     "read": "reading is the limit: put the source on a faster disk",
@@ -70,12 +92,43 @@ def bottleneck(ledger: Mapping[str, Any]) -> Bottleneck | None:
     whole = sum(seconds.values())
     if whole <= 0:
         return None
+    waits = {name: seconds.pop(name) for name in [*seconds] if name.startswith(WAIT)}
+    if waits:
+        seconds[WAIT] = sum(waits.values())  # one part, whatever the awaited batches were in
     other = seconds.pop("other", 0.0)
     part, most = max(seconds.items(), key=lambda item: item[1], default=("other", 0.0))
     if other > max(most, OTHER_IS_LARGE * whole) or part == "other":
         part, most = "other", other
+    if part == WAIT and len(waits) > 1:
+        return data_wait(ledger)
     known = next((advice for word, advice in ADVICE.items() if word in part.lower()), "")
     return Bottleneck(part, most / whole, known or f"most of the time is spent in {part}")
+
+
+def data_wait(ledger: Mapping[str, Any]) -> Bottleneck | None:
+    """Return the whole wait for batches, with the stage that took most of it; None if there was none."""
+    seconds = {name: float(part["seconds"]) for name, part in ledger["parts"].items()}
+    waits = {name: s for name, s in seconds.items() if name.startswith(WAIT)}
+    whole = sum(seconds.values())
+    if not waits or whole <= 0:
+        return None
+    advice = _wait_advice(waits, whole, ledger.get("overlapped") or {})
+    return Bottleneck(WAIT, sum(waits.values()) / whole, advice)
+
+
+def _wait_advice(waits: Mapping[str, float], whole: float, overlapped: Mapping[str, Any]) -> str:
+    """Name the stage that the awaited batches were in most, and how many workers would hide its work."""
+    worst = max(waits, key=lambda name: (waits[name], name))
+    stage = worst.removeprefix(f"{WAIT}: ")
+    text = f"{stage} takes {waits[worst] / whole:.0%} of the time: {ADVICE.get(worst, ADVICE[WAIT])}"
+    stepping = whole - sum(waits.values())
+    work = max(waits[worst], float(overlapped.get(f"data: {stage}", {"seconds": 0.0})["seconds"]))
+    if stage in ("decode", "transform", "collate") and stepping > 0.01 * whole:
+        workers = math.ceil(work / stepping)
+        text += (
+            f"; {duration(work)} of it beside {duration(stepping)} of steps: {workers} workers would hide it"
+        )
+    return text
 
 
 def run_table(run: RunReport) -> str:
@@ -122,7 +175,15 @@ def ledger_table(ledger: Mapping[str, Any]) -> str:
         shown.append(f"meanwhile, on other threads: {others}")
     if found := bottleneck(ledger):
         shown += [f"bottleneck: {found.part}, {found.share:.0%} of the time", f"hint: {found.advice}"]
+        if found.part != WAIT and (wait := data_wait(ledger)) is not None and wait.share >= WAIT_IS_LARGE:
+            shown += [f"{WAIT}: {wait.share:.0%} of the time", f"hint: {wait.advice}"]
     return _text(*shown)
+
+
+def measured_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Show measured settings; all columns but the last are figures."""
+    names = list(header)
+    return _text(_table([*(f"{name}>" for name in names[:-1]), names[-1]], rows))
 
 
 def lineage_tree(root: Mapping[str, Any]) -> str:
