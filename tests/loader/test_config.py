@@ -75,11 +75,11 @@ def test_a_mixture_is_resumed_exactly_on_other_ranks_and_batches(recipe: LoaderR
 
 
 def test_only_what_is_trained_on_is_a_part_of_the_key(recipe: LoaderRecipe, tmp_path: Path) -> None:
-    quick = read(tmp_path, '[loader]\nprefetch = 9\nworkers = 3\ncache_bytes = "2MiB"')
+    quick = read(tmp_path, '[loader]\nprefetch = 9\nworkers = 3')
     assert settings_of(quick) == settings_of(LoaderRecipe())
     for text in ("window = 1", 'stop_after = "1M tokens"'):
         assert settings_of(read(tmp_path, f"[loader]\n{text}")) != settings_of(LoaderRecipe())
-    assert settings_of(recipe)["mixture"]["b"]["weights"] == (1.0, 3.0)
+    assert settings_of(recipe)["mixture"]["b"] == (1.0, 3.0)
 
 
 def test_a_budget_of_tokens_ends_the_run(shards: Path, tmp_path: Path) -> None:

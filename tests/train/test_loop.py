@@ -18,15 +18,17 @@ import torch
 
 from marrow.core.config import load_recipe
 from marrow.core.errors import DiskFull, Interrupted, ModelError, RecipeError, TrainError
+from marrow.core.frozen_map import FrozenMap
 from marrow.core.span import Ledger
 from marrow.kernels import device
 from marrow.kernels.attention import attention, pack
+from marrow.loader.config import LoaderRecipe, SourceRecipe
 from marrow.loader.loader import Loader
 from marrow.models import huggingface
 from marrow.models.config import ModelConfig
 from marrow.models.decoder import Decoder
 from marrow.train.config import TrainRecipe
-from marrow.train.loop import Loss, train
+from marrow.train.loop import Loss, Run, train
 
 Make = Callable[..., TrainRecipe]
 RESULTS = (
@@ -432,3 +434,56 @@ def test_compile_on_without_a_compiler_is_refused(
         run(corpus, tiny_recipe(compile="on"), tiny_model, tmp_path)
     _, facts = run(corpus, tiny_recipe(compile="auto"), tiny_model, tmp_path, "auto")
     assert not facts["decisions"]["compile"]
+
+
+MIXED = LoaderRecipe(
+    phases=(0, 20),
+    window=1,
+    mixture=FrozenMap({"a": SourceRecipe("", (1.0, 3.0)), "b": SourceRecipe("", (1.0, 1.0))}),
+)
+
+
+def test_a_mixture_trains_and_is_resumed_to_the_same_bits(
+    corpus: Path, tiny_recipe: Make, tiny_model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(steps=12, checkpoint_every_steps=5)
+    whole, facts = run(corpus, recipe, tiny_model, tmp_path / "whole", loader=MIXED)
+    assert facts["order"].startswith("mixture from 0: 1.0, 1.0; from 20: 3.0, 1.0")
+    taken = Run.take_step
+
+    def stop_at_eight(self: Run) -> None:
+        if self.step == 8:
+            raise InterruptedError("as if killed")
+        taken(self)
+
+    monkeypatch.setattr(Run, "take_step", stop_at_eight)
+    with pytest.raises(InterruptedError):
+        run(corpus, recipe, tiny_model, tmp_path / "broken", loader=MIXED)
+    monkeypatch.setattr(Run, "take_step", taken)
+    quicker = replace(MIXED, prefetch=0)  # how batches are made ready decides nothing
+    resumed, again = run(corpus, recipe, tiny_model, tmp_path / "broken", "again", loader=quicker)
+    assert again["resumed_from"] == 5
+    assert_same_results(whole, resumed)
+
+
+def test_another_order_is_another_run(
+    corpus: Path, tiny_recipe: Make, tiny_model: ModelConfig, tmp_path: Path
+) -> None:
+    full, _ = run(corpus, tiny_recipe(), tiny_model, tmp_path / "full")
+    windowed, facts = run(
+        corpus, tiny_recipe(), tiny_model, tmp_path / "window", loader=LoaderRecipe(window=1)
+    )
+    assert facts["order"] == "window of 1 shards"
+    assert losses(full) != losses(windowed)
+
+
+def test_a_budget_of_tokens_ends_the_run_after_whole_steps(
+    corpus: Path, tiny_recipe: Make, tiny_model: ModelConfig, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(steps=12, batch_rows=4, warmup_steps=12)
+    loader = LoaderRecipe(stop_after=5 * 4 * 32 + 31)  # five steps of 4 rows of 32 tokens, and a part
+    _, facts = run(corpus, recipe, tiny_model, tmp_path, loader=loader)
+    assert facts["steps"] == 5 and facts["samples"] == [0, 20]
+    with pytest.raises(TrainError, match=r"stop_after = 64 tokens are less than one step") as caught:
+        run(corpus, recipe, tiny_model, tmp_path / "less", loader=LoaderRecipe(stop_after=64))
+    assert "raise loader.stop_after" in str(caught.value.hint)

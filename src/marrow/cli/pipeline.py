@@ -10,15 +10,17 @@ artifacts are all there never loads torch.
 import importlib
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
 from marrow.cli import console
+from marrow.cli.mixture import find_sources
 from marrow.cli.recipe import LoadRecipe, ReportRecipe
 from marrow.cli.report import write_report
 from marrow.cli.sources import source_files
 from marrow.cli.story import tell
+from marrow.cli.target import find_version
 from marrow.core.config import Recipe
 from marrow.core.progress import Progress
 from marrow.core.records import Artifact, Parent
@@ -27,6 +29,8 @@ from marrow.data.config import PYTHON, DataRecipe, settings_of
 from marrow.data.engine import INLINE, Engine
 from marrow.data.shards_config import ShardsRecipe
 from marrow.data.sources import fingerprint
+from marrow.loader.config import LoaderRecipe
+from marrow.loader.config import settings_of as order_settings
 from marrow.models.config import ModelConfig
 from marrow.serve.config import ServeRecipe
 from marrow.store.points import PointLog
@@ -63,15 +67,7 @@ class Pipeline:
     def run(self) -> dict[str, StepResult]:
         """Run all steps; return their results by kind, in order."""
         data = self.recipe.section(DataRecipe)
-        python = {"python": platform.python_version()} if data.source == PYTHON else {}
-
-        rows = self.step(
-            "ingest",
-            module="marrow.data.ingest",
-            config=[settings_of(data, "ingest"), fingerprint(data)],
-            environment=python,
-            build=lambda ingest, work, progress: ingest.ingest(data, work.out, progress, engine=self.engine),
-        )
+        rows = self.ingest(data)
         documents = self.step(
             "clean",
             module="marrow.data.clean",
@@ -109,6 +105,25 @@ class Pipeline:
         )
         return self.results
 
+    def ingest(self, data: DataRecipe) -> Artifact:
+        """Read the source: files, the interpreter's own documentation, or a version of a dataset."""
+        version = find_version(self.store, data.source)
+        python = {"python": platform.python_version()} if data.source == PYTHON else {}
+
+        def build(ingest: Any, work: Workspace, progress: Progress) -> Mapping[str, Any]:
+            source = str(work.inputs["source"]) if version else data.source
+            found = ingest.ingest(replace(data, source=source), work.out, progress, engine=self.engine)
+            return {**found, "source": data.source}
+
+        return self.step(
+            "ingest",
+            module="marrow.data.ingest",
+            parents={"source": version} if version else {},
+            config=[settings_of(data, "ingest"), None if version else fingerprint(data)],
+            environment=python,
+            build=build,
+        )
+
     def tokenizer(self, split: Artifact) -> Artifact:
         """Train the tokenizer on the training documents."""
         recipe = self.recipe.section(TokenizerRecipe)
@@ -144,6 +159,8 @@ class Pipeline:
     def train(self, shards: Artifact, tokenizer: Artifact) -> Artifact:
         """Train the model; its metrics go to the catalog as they come."""
         recipe, model = self.recipe.section(TrainRecipe), self.recipe.section(ModelConfig)
+        loader = self.recipe.section(LoaderRecipe)
+        sources = find_sources(loader, self.store)
 
         def log(step: int, metrics: Mapping[str, float]) -> None:
             for name, value in metrics.items():
@@ -151,15 +168,17 @@ class Pipeline:
 
         def build(loop: Any, work: Workspace, progress: Progress) -> Mapping[str, Any]:
             folders = (work.inputs["shards"], work.inputs["tokenizer"], work.out, work.work)
-            facts: Mapping[str, Any] = loop.train(recipe, model, *folders, progress, log)
-            work.used("shards", seed=recipe.seed, samples=[0, recipe.num_samples])
+            placed = sources.place(loader, work.inputs)
+            facts: Mapping[str, Any] = loop.train(recipe, model, *folders, progress, log, loader=placed)
+            for role in sorted(sources.used()):
+                work.used(role, **{key: facts[key] for key in ("seed", "samples", "order")})
             return facts
 
         return self.step(
             "train",
             module="marrow.train.loop",
-            parents={"shards": shards, "tokenizer": tokenizer},
-            config=[recipe, model],
+            parents={"shards": shards, "tokenizer": tokenizer, **sources.parents},
+            config=[recipe, model, order_settings(loader), sources.checks()],
             environment={"torch": version("torch")},
             build=build,
         )

@@ -9,6 +9,7 @@ from marrow.core.config import Range, Recipe, load_recipe
 from marrow.core.errors import RecipeError
 from marrow.data.config import PYTHON, DataRecipe
 from marrow.data.shards_config import ShardsRecipe
+from marrow.loader.config import LoaderRecipe
 from marrow.models.config import ModelConfig
 from marrow.serve.config import ServeRecipe
 from marrow.text.config import TokenizerRecipe
@@ -64,6 +65,7 @@ SCHEMA: dict[str, type] = {
     "data": DataRecipe,
     "tokenizer": TokenizerRecipe,
     "shards": ShardsRecipe,
+    "loader": LoaderRecipe,
     "model": ModelConfig,
     "train": TrainRecipe,
     "evaluate": EvaluateRecipe,

@@ -155,7 +155,12 @@ class _Walk:
         return {"effect": max(effects, key=_STRENGTH.index, default=UNTOUCHED)}
 
     def _parents(self, artifact: Artifact, role: str | None = None) -> list[Parent]:
-        return [p for p in artifact.parents if p.artifact_id in self.found and role in (None, p.role)]
+        """Return the parents that this walk met; "shards" are those of a mixture's sources too."""
+        return [
+            p
+            for p in artifact.parents
+            if p.artifact_id in self.found and role in (None, p.role.partition(":")[0])
+        ]
 
     @property
     def _origin(self) -> Any:
@@ -293,11 +298,13 @@ def _action(one: Mapping[str, Any]) -> str:
 
 def _why_train(one: Mapping[str, Any]) -> str:
     runs = one["consumed"]
+    if one["times_seen"] and not all(run["exact"] for run in runs):  # a mixture, or another's edge
+        return f"may have consumed it: {one['times_seen']:,} of the packed rows that it drew from hold it"
     if one["times_seen"]:
         samples = [f"{run['samples'][0]:,} to {run['samples'][1]:,}" for run in runs if run["samples"]]
         first = min((r["first_position"] for r in runs if r["first_position"] is not None), default=None)
         at = "" if first is None else f", first at position {first:,}"
-        return f"consumed it {one['times_seen']:,} times in samples {', '.join(samples) or 'not noted'}{at}"
+        return f"consumed it {one['times_seen']:,} times in samples {', '.join(samples)}{at}"
     tokenizer = ", but its tokenizer counted it" if one["tokenizer_learned"] else ""
     return f"consumed none of its rows{tokenizer}"
 

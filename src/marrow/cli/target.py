@@ -1,13 +1,16 @@
 """What a word on the command line means: a path, else a name of the catalog, else an id prefix."""
 
+import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from marrow.core.errors import ModelError
+from marrow.core.errors import ArtifactNotFound, ModelError
 from marrow.core.records import Artifact
+from marrow.data.config import PYTHON
 from marrow.store.store import Store
+from marrow.store.versions import Versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +45,17 @@ def find_artifact(target: str) -> Iterator[tuple[Store, Artifact]]:
     """Open the store and find an artifact in it. Raises: ArtifactNotFound."""
     with Store.open(create=False) as store:
         yield store, store.resolve(target)
+
+
+def find_version(store: Store, source: str) -> Artifact | None:
+    """Find the dataset version that a recipe's `data.source` names; None if it means something else.
+
+    A path that is there comes first, as everywhere.
+    Raises: StoreError if it names an artifact that is no dataset.
+    """
+    if source == PYTHON or "://" in source or glob.has_magic(source) or Path(source).expanduser().exists():
+        return None
+    try:
+        return Versions(store).resolve(source)
+    except ArtifactNotFound:
+        return None

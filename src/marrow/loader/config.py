@@ -5,7 +5,7 @@
     stop_after = "2B tokens"        # of context, padding included
     phases = [0, 1_000_000]         # positions at which weights change
     [loader.mixture.books]
-    shards = "data/books"           # a folder of shards
+    shards = "books-shards@2"       # a folder of shards, or their artifact; "" are this recipe's own
     weights = [0.7, 0.4]            # one for each phase, in any unit
     [loader.mixture.code]
     shards = "data/code"
@@ -15,24 +15,27 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from marrow.core.config import Bytes, Count, Range
-from marrow.core.frozen_map import EMPTY
+from marrow.core.config import Count, Range
+from marrow.core.frozen_map import EMPTY, FrozenMap
 from marrow.loader.mixture import Mixture, Phase, check_phases
 from marrow.loader.plan import FullShuffle, Order, WindowShuffle, order_keys
 from marrow.loader.reader import ShardReader
 
-HOW = ("prefetch", "workers", "cache_bytes")  # fields that do not change a batch
+HOW = ("prefetch", "workers")  # fields that do not change a batch
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRecipe:
-    """One source of a mixture: a folder of shards, and its weight in each phase."""
+    """One source of a mixture: its shards, and its weight in each phase.
 
-    shards: str
+    shards: a folder of shards or a name, version or id of the catalog; empty for those of the recipe.
+    """
+
+    shards: str = ""
     weights: tuple[float, ...] = (1.0,)
 
 
@@ -43,7 +46,6 @@ class LoaderRecipe:
     window: shards that are shuffled together; 0 shuffles all rows. stop_after: tokens of context
     after which there is no more, 0 for no end. phases: positions at which the mixture's weights
     change. prefetch: batches made ahead. workers: processes that make them, 0 for a thread.
-    cache_bytes: room for shards that are fetched from a URL.
     """
 
     window: Annotated[int, Range(0)] = 0
@@ -52,7 +54,6 @@ class LoaderRecipe:
     mixture: Mapping[str, SourceRecipe] = EMPTY
     prefetch: Annotated[int, Range(0, 1024)] = 2
     workers: Annotated[int, Range(0, 1024)] = 0
-    cache_bytes: Annotated[Bytes, Range(1 << 20)] = 16 << 30
 
     def __post_init__(self) -> None:
         if self.mixture:
@@ -76,9 +77,18 @@ class LoaderRecipe:
             for i, start in enumerate(self.phases)
         )
 
-    def folders(self) -> list[Path]:
-        """Return the folders of the mixture, in the order of the sources' names."""
-        return [Path(self.mixture[name].shards) for name in sorted(self.mixture)]
+    def folders(self, own: Path = Path()) -> list[Path]:
+        """Return the folders of shards that are read, in the order in which their rows are numbered.
+
+        Args: own: those of the recipe. Sources that are names must have been replaced by folders.
+        """
+        names = sorted(self.mixture)
+        return [Path(self.mixture[name].shards or own) for name in names] if names else [own]
+
+    def with_folders(self, folders: Mapping[str, Path]) -> "LoaderRecipe":
+        """Return the recipe with the sources' shards replaced by folders, by the sources' names."""
+        mixture = {name: replace(self.mixture[name], shards=str(path)) for name, path in folders.items()}
+        return replace(self, mixture=FrozenMap(mixture))
 
     def stop(self, context: int) -> int | None:
         """Return the first position that is not given out, for rows of `context` tokens."""
@@ -104,7 +114,10 @@ def one_order(rows_of_S: Any, seed: int, window: int) -> Order:
 
 
 def settings_of(recipe: LoaderRecipe) -> dict[str, Any]:
-    """Return the values that decide which rows come and in which order: a part of a step's key."""
+    """Return the values that decide which rows come and in which order: a part of a step's key.
+
+    Which shards a source has is left to the caller: it knows them by their contents.
+    """
     values = asdict(recipe)
-    values["mixture"] = {name: asdict(source) for name, source in recipe.mixture.items()}
+    values["mixture"] = {name: source.weights for name, source in recipe.mixture.items()}
     return {name: value for name, value in values.items() if name not in HOW}

@@ -11,7 +11,7 @@ Axes: N tokens of a micro-batch, C channels.
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from marrow.kernels.attention import attention, pack
 from marrow.kernels.device import raise_malloc_thresholds
 from marrow.kernels.linear_cross_entropy import linear_cross_entropy
 from marrow.loader.batch import Batch
+from marrow.loader.config import LoaderRecipe, settings_of
 from marrow.loader.loader import Loader, LoaderState
 from marrow.models import huggingface
 from marrow.models.config import ModelConfig
@@ -65,6 +66,7 @@ def train(
     progress: Progress = silent,
     log: Log = lambda step, figures: None,
     *,
+    loader: LoaderRecipe = LoaderRecipe(),  # noqa: B008 - frozen, so one may be shared
     resume: bool = True,
 ) -> dict[str, Any]:
     """Train a decoder on token shards, or go on with a run that was broken off.
@@ -72,19 +74,23 @@ def train(
     Args: out: an empty folder; gets model.safetensors and config.json (Hugging Face's), the
         snapshots of step 0 and of the middle, metrics.jsonl, and state/ (masters, moments, place
         in the data). work: keeps checkpoints over kills; of one run alone. log: gets the figures
-        of `train/meter.py` every `recipe.log_every` steps.
+        of `train/meter.py` every `recipe.log_every` steps. loader: the order of samples, a mixture of
+        several folders, a budget of tokens.
     Returns: facts: steps, losses, speed, MFU, shares of waiting and of checkpoints, decisions.
     Raises: ModelError if model, shards and tokenizer do not fit; TrainError if the loss is not
         finite; Interrupted after Ctrl-C or SIGTERM, a checkpoint written; DiskFull, NotPermitted.
     """
     raise_malloc_thresholds()
-    model = check_inputs(model, shards_folder, tokenizer_folder)
+    folders = loader.folders(shards_folder)
+    for folder in folders:
+        model = check_inputs(model, folder, tokenizer_folder)
+    recipe = within_budget(recipe, loader, Manifest.read(folders[0]).context)
     with span("start"):
-        decisions = decide(recipe, identity(recipe, model, shards_folder), work, resume=resume)
+        decisions = decide(recipe, identity(recipe, model, loader, folders), work, resume=resume)
     with ExitStack() as stack:
         stack.enter_context(torch_threads(decisions.threads))
         stop = stack.enter_context(StopRequest())
-        run = Run(recipe, model, shards_folder, work, decisions, progress, log)
+        run = Run(recipe, model, loader, folders, work, decisions, progress, log)
         stack.callback(run.close)
         while run.step < recipe.steps:
             run.take_step()
@@ -121,10 +127,40 @@ def check_inputs(model: ModelConfig, shards_folder: Path, tokenizer_folder: Path
         raise ModelError(str(error), hint="set model.vocab_size = 0 to take the tokenizer's") from None
 
 
-def identity(recipe: TrainRecipe, model: ModelConfig, shards_folder: Path) -> str:
-    """Hash what decides the weights; how often to save does not."""
+def within_budget(recipe: TrainRecipe, loader: LoaderRecipe, context: int) -> TrainRecipe:
+    """Return the recipe with no more steps than `loader.stop_after` tokens make whole batches of.
+
+    Raises: TrainError if they make none.
+    """
+    stop = loader.stop(context)
+    if stop is None or stop >= recipe.num_samples:
+        return recipe
+    steps = stop // recipe.batch_rows
+    if steps == 0:
+        raise TrainError(
+            f"loader.stop_after = {loader.stop_after} tokens are less than one step of {recipe.batch_rows} "
+            f"rows of {context} tokens",
+            hint="raise loader.stop_after, or lower train.batch_rows",
+        )
+    return replace(recipe, steps=steps, warmup_steps=min(recipe.warmup_steps, steps))
+
+
+def identity(recipe: TrainRecipe, model: ModelConfig, loader: LoaderRecipe, folders: Sequence[Path]) -> str:
+    """Hash what decides the weights; how often to save and how batches are made ready do not."""
     lasting = replace(recipe, checkpoint_every=0.0, checkpoint_every_steps=0)
-    return hash_value([lasting, model, hash_file(shards_folder / MANIFEST_FILE)])
+    manifests = [hash_file(folder / MANIFEST_FILE) for folder in folders]
+    return hash_value([lasting, model, settings_of(loader), manifests])
+
+
+def open_loader(
+    recipe: TrainRecipe, loader: LoaderRecipe, folders: Sequence[Path], state: LoaderState | None
+) -> Loader[Batch]:
+    """Open the loader of a run, at a checkpoint's state or at the beginning."""
+    rows = recipe.batch_rows // recipe.micro_batches
+    options: dict[str, Any] = {"prefetch": loader.prefetch, "workers": loader.workers, "order": loader.order}
+    if state is None:
+        return Loader(list(folders), rows, recipe.seed, **options)
+    return Loader.resume(list(folders), rows, state, **options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +186,8 @@ class Run:
         self,
         recipe: TrainRecipe,
         model: ModelConfig,
-        shards_folder: Path,
+        loader: LoaderRecipe,
+        folders: Sequence[Path],
         work: Path,
         decisions: Decisions,
         progress: Progress,
@@ -166,14 +203,13 @@ class Run:
                     layer.compile(dynamic=False)
             self.optimiser = Optimiser(self.decoder, recipe)
             self.loss = Loss(self.decoder)
-            manifest = Manifest.read(shards_folder)
+            manifest = Manifest.read(folders[0])
             flops = model.flops_per_token(manifest.context, backward=True)
             self.meter = Meter(flops, decisions.peak_flops)
             self.last_figures: dict[str, float] = {}
             found, self.damaged_checkpoints = load_latest(work)
             self.step = self.resumed_from = found.step if found else 0
-            state = self._restore(found) if found else LoaderState(recipe.seed, 0)
-            self.loader = Loader.resume(shards_folder, recipe.batch_rows // recipe.micro_batches, state)
+            self.loader = open_loader(recipe, loader, folders, self._restore(found) if found else None)
             self.metrics = MetricsFile(work, self.step)
         self.checkpoint_cost_s = 0.0
         self.checkpoint_s = time.perf_counter()  # when the last one was written, or the run began
@@ -303,6 +339,7 @@ class Run:
             **self.meter.facts(),
             "samples": [0, self.loader.state().position],
             "seed": self.recipe.seed,
+            "order": self.loader.state().order,
             "resumed_from": self.resumed_from,
             "damaged_checkpoints": self.damaged_checkpoints,
             "decisions": asdict(self.decisions),
