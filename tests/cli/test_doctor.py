@@ -11,7 +11,7 @@ import pytest
 from marrow_process import Marrow, command
 
 from marrow.cli import doctor
-from marrow.cli.doctor import measure_disk, sections
+from marrow.cli.doctor import c_files, measure_disk, sections
 from marrow.cli.tables import doctor_table
 
 FOUND: dict[str, Any] = {
@@ -38,6 +38,7 @@ FOUND: dict[str, Any] = {
     },
     "dtype": "bfloat16",
     "can_compile": True,
+    "native": {"bpe": True, "minhash": False},
     "cuda": False,
     "store": {"home": "/x/.marrow", "free_bytes": 5 << 30},
     "kernels": [{"op": "attention", "device": "cpu", "path": "plain", "reason": "no triton"}],
@@ -58,6 +59,7 @@ def test_every_fact_is_shown_with_its_unit() -> None:
     assert rows["free"] == "5.0 GiB"
     assert rows["attention on cpu"] == "plain (no triton)"
     assert "torch.compile works" in rows["C++ compiler"]
+    assert rows["bpe"] == "compiled"
     assert "A CPU" in doctor_table(sections(FOUND))
 
 
@@ -65,9 +67,14 @@ def test_what_a_machine_lacks_is_said() -> None:
     poor = FOUND["machine"] | {"flags": [], "compiler": None}
     rows = shown(machine=poor, can_compile=False, peaks=FOUND["peaks"] | {"disk_write_mbytes_per_s": 0.0})
     assert rows["flags"] == "none known"
+    assert rows["minhash"] == "not compiled: a slower path is taken"
     assert rows["cuda"] == "none"
     assert rows["C++ compiler"] == "none (torch.compile is off)"
     assert rows["disk write"] == "the folder is not writable"
+
+
+def test_every_c_file_of_the_package_is_known() -> None:
+    assert {path.stem for path in c_files()} >= {"bpe", "gather_rows", "minhash", "scan_csv"}
 
 
 def test_the_disk_is_measured_and_nothing_is_left_on_it(tmp_path: Path) -> None:

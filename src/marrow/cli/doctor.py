@@ -14,8 +14,10 @@ from typing import Any
 
 import click
 
+import marrow
 from marrow import __version__
 from marrow.cli.console import quantity, size
+from marrow.core import native
 from marrow.store.version import package_versions
 
 PACKAGES = ("torch", "numpy", "pyarrow", "tokenizers", "safetensors", "sqlalchemy", "fastapi", "triton")
@@ -62,6 +64,7 @@ def examine() -> dict[str, Any]:
         },
         "dtype": str(dtype.dtype).removeprefix("torch."),
         "can_compile": device.compiler_available(),
+        "native": {path.stem: native.load(path) is not None for path in c_files()},
         "cuda": torch.cuda.is_available(),
         "store": {"home": str(home), "free_bytes": shutil.disk_usage(place).free},
         "kernels": [
@@ -69,6 +72,11 @@ def examine() -> dict[str, Any]:
             for choice in dispatch.choices()
         ],
     }
+
+
+def c_files() -> list[Path]:
+    """Return the C files of the package (`core/native.py`)."""
+    return sorted(Path(marrow.__file__).parent.glob("*/csrc/*.c"))
 
 
 def measure_disk(folder: Path) -> float:
@@ -131,6 +139,13 @@ def sections(found: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
         (
             "store",
             [("home", store["home"]), ("free", size(store["free_bytes"]))],
+        ),
+        (
+            "C files",
+            [
+                (name, "compiled" if is_there else "not compiled: a slower path is taken")
+                for name, is_there in found["native"].items()
+            ],
         ),
         (
             "kernels",

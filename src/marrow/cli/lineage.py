@@ -91,10 +91,11 @@ def _visible(text: str) -> str:
 
 
 def with_sources(node: dict[str, Any], graph: lineage.Graph) -> dict[str, Any]:
-    """Put under each ingest what it read: not an artifact, but where every lineage begins."""
+    """Put under each ingest what it read, if that is no artifact: there its lineage begins."""
+    reads_files = node["kind"] == "ingest" and not node["seen"] and not node["children"]
     for child in node["children"]:
         with_sources(child, graph)
-    if node["kind"] == "ingest" and not node["seen"] and graph.direction == "ancestors":
+    if reads_files and graph.direction == "ancestors":
         facts = graph.artifacts[node["id"]].facts
         read = [f"{facts['files']:,} files", f"{facts['rows']:,} rows"]
         node["children"].append(

@@ -66,6 +66,7 @@ class Pipeline:
 
     def run(self) -> dict[str, StepResult]:
         """Run all steps; return their results by kind, in order."""
+        self.store.catalog.check_free(self.recipe.name)  # what the model will be called
         data = self.recipe.section(DataRecipe)
         rows = self.ingest(data)
         documents = self.step(

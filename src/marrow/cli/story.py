@@ -58,8 +58,9 @@ def tell(
         nearest=tuple(_nearest(row) for row in findings.get("nearest", ())),
         serving=_serving(results["serve"].artifact.facts) if "serve" in results else None,
         dropped=_dropped(results["clean"], folders["clean"]) if "clean" in results else (),
-        nodes=tuple(
-            LineageNode(result.artifact.id, kind, _note(kind, result)) for kind, result in results.items()
+        nodes=(
+            *_given(store, results),
+            *(LineageNode(result.artifact.id, kind, _note(kind, result)) for kind, result in results.items()),
         ),
         edges=tuple(
             LineageEdge(parent.artifact_id, result.artifact.id, parent.role)
@@ -68,6 +69,17 @@ def tell(
         ),
         recipe_values=_values(recipe),
     )
+
+
+def _given(store: Store, results: Mapping[str, StepResult]) -> list[LineageNode]:
+    """Return what the run took from the store without making it: a dataset's version, others' shards."""
+    made = {result.artifact.id for result in results.values()}
+    parents = (parent.artifact_id for result in results.values() for parent in result.artifact.parents)
+    outside = store.catalog.get_many([one for one in dict.fromkeys(parents) if one not in made])
+    return [
+        LineageNode(one.id, one.kind, ", ".join(map(str, store.catalog.names(artifact_id=one.id))))
+        for one in outside.values()
+    ]
 
 
 def _step(kind: str, result: StepResult) -> StepReport:

@@ -121,12 +121,14 @@ class Catalog:
         """
         check_name(name)
         with self._database.write() as connection:
-            if connection.scalar(select(refs.c.kind).where(refs.c.name == name)) is not None:
-                raise StoreError(
-                    f"{name!r} is the name of a dataset: only its own commits add versions to it",
-                    hint="give the recipe or the dataset another name",
-                )
+            _refuse_dataset(connection, name)
             return add_name(connection, artifact_id, name)
+
+    def check_free(self, name: str) -> None:
+        """Look whether `name` would be refused, so that nothing is made in vain. Raises: StoreError."""
+        check_name(name)
+        with self._database.read() as connection:
+            _refuse_dataset(connection, name)
 
     def names(self, *, artifact_id: str | None = None, name: str | None = None) -> list[NamedVersion]:
         """Return versions of names (of one artifact, of one name), in order."""
@@ -188,6 +190,14 @@ class Catalog:
 
 
 _LIST = "give a name, or the first digits of an id"
+
+
+def _refuse_dataset(connection: Connection, name: str) -> None:
+    if connection.scalar(select(refs.c.kind).where(refs.c.name == name)) is not None:
+        raise StoreError(
+            f"{name!r} is the name of a dataset: only its own commits add versions to it",
+            hint="give the recipe or the dataset another name",
+        )
 
 
 def check_name(name: str) -> None:
