@@ -26,6 +26,7 @@ from marrow.cli.report import (
     StepReport,
 )
 from marrow.core.config import Recipe
+from marrow.core.flat_toml import join_key
 from marrow.core.hashes import canonical_json
 from marrow.store.steps import COST, StepResult
 from marrow.store.store import Store
@@ -173,8 +174,8 @@ def _values(recipe: Recipe) -> tuple[RecipeValue, ...]:
 
     def walk(prefix: str, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
-            key = f"{prefix}{name}"
-            if isinstance(value, dict):
+            key = f"{prefix}{join_key(name)}"
+            if value and isinstance(value, dict):
                 walk(f"{key}.", value)
             else:
                 origin = str(recipe.origins.get(key, "default"))
