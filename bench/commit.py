@@ -1,7 +1,7 @@
 """Committing a dataset: Marrow beside DVC, and beside the least that any tool must do.
 
     python bench/all.py commit       (installs DVC into .bench/commit first)
-    python bench/commit.py [--files 1277] [--megabytes 1000] [--small 20000] [--repeat 3] [--no-dvc]
+    python bench/commit.py [--part large|small] [--files 1277] [--megabytes 1000] [--small 20000] [--no-dvc]
 
 Two folders: one of a few thousand files of some hundred kB (the issue's 2 GB in 2,554 files, half of it
 by default), one of many small files. Every repetition takes a fresh store, in turns:
@@ -199,6 +199,7 @@ def main() -> None:
     parser.add_argument("--small-bytes", type=int, default=2_000)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--no-dvc", action="store_true")
+    parser.add_argument("--part", choices=["large", "small"], help="Only one; the other's result stays.")
     options = parser.parse_args()
     (ROOT / ".bench").mkdir(exist_ok=True)
     code_version()
@@ -211,11 +212,15 @@ def main() -> None:
         start_s = time.perf_counter()
         said = subprocess.run([DVC, "--version"], check=True, capture_output=True, text=True)
         versions = {"dvc": said.stdout.strip(), "dvc_start_s": round(time.perf_counter() - start_s, 2)}
-    large = (options.files, options.megabytes * 1_000_000)
-    small = (options.small, options.small * options.small_bytes)
-    result = {
-        "large": measure("large files", *large, options.repeat, ways),
-        "small": measure("small files", *small, options.repeat, ways),
+    folders = {
+        "large": (options.files, options.megabytes * 1_000_000),
+        "small": (options.small, options.small * options.small_bytes),
+    }
+    result = json.loads(RESULT.read_text()) if options.part and RESULT.exists() else {}
+    for part, size in folders.items():
+        if options.part in (None, part):
+            result[part] = measure(f"{part} files", *size, options.repeat, ways)
+    result |= {
         "goal": GOAL,
         "versions": versions,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",

@@ -8,12 +8,19 @@ chunks, all of one size. Every measurement is a fresh process with an empty cach
 starts after the imports, before anything is opened. Ways take turns; medians are shown.
 
     obstore, boto3, pyarrow.fs   whole shards into memory, 16 in flight: nothing is kept or checked
-    obstore to disk              the same, and each shard's bytes written to a file
+    obstore to disk              the same, and each shard's bytes written to a file; not checked
     marrow shards                `CachedShards` alone: fetched, checked, in the cache
     marrow                       the loader: shuffled batches of 64 rows as int64 tensors, checked
     mosaicml, litdata            their datasets and loaders, shuffled batches of 64 rows; not checked
 
+The cache is smaller than the dataset (the oldest files make room, also of "obstore to disk"): that
+is what streaming is for, and memory that was used before is then used again. Where this was tried,
+in a virtual machine, pages that had lain free were filled at a ninth of the speed of those just
+freed; what keeps all bytes pays that, what only fetches them does not.
+
 The other loaders are stopped after some seconds: their rate is rows so far by time so far.
+MosaicML with two workers is left out: a worker ends with an IndexError (a row not in its shard file),
+for a reason that is not known and may lie in the set-up here.
 """
 
 import argparse
@@ -28,6 +35,7 @@ import sys
 import tempfile
 import time
 import types
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,11 +47,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / ".bench" / "stream"
 RESULTS = Path(__file__).parent / "results" / "stream.json"
 STORED, ROWS, LATENCY_S, IN_FLIGHT, PATIENCE_S = 1025, 64, 0.02, 16, 3.0
+CACHE_SHARDS = 2 * IN_FLIGHT  # half of a cache is for what is fetched ahead
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_REGION": "us-east-1"}
 PEER_ROWS = 100_000  # more than they read in that time
 RAW = ("obstore", "boto3", "pyarrow.fs", "obstore to disk")
 MARROW = ("marrow shards", "marrow")
-LOADERS = ("mosaicml", "mosaicml 2 workers", "litdata", "litdata 2 workers")
+LOADERS = ("mosaicml", "litdata", "litdata 2 workers")
 
 
 def make_data(folder: Path, num_shards: int, shard_bytes: int) -> None:
@@ -129,6 +138,7 @@ def raw(way: str, names: list[str], cache: Path) -> Callable[[], int]:
     """Return what fetches all shards, and how many bytes they have."""
     url = os.environ["AWS_ENDPOINT_URL"]
     fetch: Callable[[str], int]
+    kept: deque[Path] = deque()
     if way.startswith("obstore"):
         import obstore
         from obstore.store import S3Store
@@ -140,7 +150,11 @@ def raw(way: str, names: list[str], cache: Path) -> Callable[[], int]:
             if way == "obstore":
                 return len(data)
             with open(cache / name, "wb", buffering=0) as file:
-                return file.write(data)
+                written = file.write(data)
+            kept.append(cache / name)
+            if len(kept) > CACHE_SHARDS - IN_FLIGHT:
+                kept.popleft().unlink()
+            return written
 
     elif way == "boto3":
         import boto3
@@ -167,7 +181,7 @@ def raw(way: str, names: list[str], cache: Path) -> Callable[[], int]:
     return run
 
 
-def marrow(way: str, cache_folder: Path) -> Callable[[], int]:
+def marrow(way: str, cache_folder: Path, cache_bytes: int) -> Callable[[], int]:
     """Return what reads the epoch, and how many bytes of shards that is."""
     import torch
 
@@ -179,7 +193,7 @@ def marrow(way: str, cache_folder: Path) -> Callable[[], int]:
     from marrow.store import objects  # noqa: F401 - the client, which is imported at first use
 
     torch.set_num_threads(1)
-    cache = Cache(cache_folder, 1 << 40)
+    cache = Cache(cache_folder, cache_bytes)
 
     def run() -> int:
         shards = CachedShards.open("s3://data/marrow", cache, in_flight=IN_FLIGHT)
@@ -189,6 +203,7 @@ def marrow(way: str, cache_folder: Path) -> Callable[[], int]:
                 shards.ahead(range(len(shards.files)))
                 for index in range(len(shards.files)):
                     shards.path(index)
+                    shards.release(index)
                 return total
         assert shards.folder is not None
         reader, collate = ShardReader(shards.folder, shards), StackRows()
@@ -261,7 +276,12 @@ def measure(way: str, folder: Path) -> dict[str, float]:
                     break
             num_bytes = rows * bytes_of_row
         else:
-            run = raw(way, names, Path(cache)) if way in RAW else marrow(way, Path(cache))
+            largest = max((folder / "data" / "marrow" / name).stat().st_size for name in names)
+            run = (
+                raw(way, names, Path(cache))
+                if way in RAW
+                else marrow(way, Path(cache), CACHE_SHARDS * largest)
+            )
             start_s = time.perf_counter()
             num_bytes = run()
         wall_s = time.perf_counter() - start_s
@@ -282,9 +302,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shards", type=int, default=32)
-    parser.add_argument("--shard-mib", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--shards", type=int, default=64)
+    parser.add_argument("--shard-mib", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ways", nargs="*", default=[*RAW, *MARROW, *LOADERS])
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
@@ -313,7 +333,7 @@ def main() -> None:
             environment = {**os.environ, **CREDENTIALS, **addresses, "OMP_NUM_THREADS": "1"}
             for repeat in range(options.repeats):
                 for way in options.ways:
-                    if way in LOADERS and repeat >= 3:
+                    if way in LOADERS and repeat >= 2:
                         continue  # seconds each, and far from the others
                     command = [sys.executable, "-W", "ignore", __file__, "--measure", way, folder]
                     done = subprocess.run(
@@ -343,7 +363,10 @@ def report(options: argparse.Namespace, results: dict[str, list[float]], failed:
         print(f"{way:20} failed: {problem}")
     best = max((medians[way] for way in LOADERS if way in medians), default=float("nan"))
     rate = medians.get("marrow", float("nan"))
+    disk = medians.get("obstore to disk", float("nan"))
     print(f"marrow: {rate / base:.2f}x obstore (goal 0.8), {rate / best:.1f}x the best loader (goal 2)")
+    print(f"        {rate / disk:.2f}x obstore to disk, which does not check; marrow shards ", end="")
+    print(f"{medians.get('marrow shards', float('nan')) / disk:.2f}x")
     RESULTS.parent.mkdir(exist_ok=True)
     facts = {
         "command": "python bench/all.py stream",
@@ -353,6 +376,7 @@ def report(options: argparse.Namespace, results: dict[str, list[float]], failed:
         "medians": medians,
         "failed": failed,
         "of_obstore": rate / base,
+        "of_obstore_to_disk": rate / disk,
         "of_best_loader": rate / best,
     }
     RESULTS.write_text(json.dumps(facts, indent=1) + "\n")

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -20,7 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from object_server import CREDENTIALS, DIRECT, FaultProxy, S3Server
+
+# Tests start hundreds of Python processes, and each compiles this package anew (0.2 s to 1 s) where
+# the environment forbids bytecode files; they go to the usual __pycache__ folders.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# A shell starts what it puts into the background with Ctrl-C ignored, and children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# No deadline for an example: on a loaded machine any may take a second.
+settings.register_profile("marrow", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("marrow")
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM_FLAGS = (
@@ -262,6 +277,13 @@ def browser(chromium: DevTools) -> Iterator[Browser]:
         yield tab
     finally:
         tab.close()
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that all test processes of one call of pytest share: what is costly is made there once."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @pytest.fixture(scope="session")

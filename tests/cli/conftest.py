@@ -9,12 +9,17 @@ from typing import Any
 import pytest
 from marrow_process import TINY, Marrow, command, environment, write_csv
 
+from marrow.store.lock import FileLock
+
 
 @pytest.fixture(scope="session")
-def csv_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def csv_source(shared: Path) -> Path:
     """A folder with a CSV file of 400 different rows of text."""
-    folder = tmp_path_factory.mktemp("source")
-    write_csv(folder / "notes.csv", 400)
+    folder = shared / "cli-source"
+    with FileLock(shared / "cli.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            write_csv(folder / "notes.csv", 400)
     return folder
 
 
@@ -38,18 +43,26 @@ def marrow(tmp_path: Path) -> Marrow:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, csv_source: Path) -> Path:
-    """The store of a finished run of the miniature recipe; tests that change it take `home`."""
+def finished(tmp_path_factory: pytest.TempPathFactory, shared: Path, csv_source: Path) -> Path:
+    """The store of a finished run of the miniature recipe; tests that change it take `home`.
+
+    One test process makes it, each has a copy of its own.
+    """
+    made = shared / "cli-finished"
+    with FileLock(shared / "cli.lock"):
+        if not made.exists():
+            done = subprocess.run(
+                command("run", TINY, "--set", f"data.source={csv_source}"),
+                capture_output=True,
+                text=True,
+                env=environment(shared / "cli-making"),
+                timeout=200,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
+            (shared / "cli-making").rename(made)
     home = tmp_path_factory.mktemp("finished") / "home"
-    done = subprocess.run(
-        command("run", TINY, "--set", f"data.source={csv_source}"),
-        capture_output=True,
-        text=True,
-        env=environment(home),
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    shutil.copytree(made, home, symlinks=True)
     return home
 
 

@@ -123,6 +123,7 @@ def parquet(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_loader_is_measured_and_a_setting_named(
     parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

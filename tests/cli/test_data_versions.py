@@ -124,6 +124,34 @@ def test_branch_merge_and_gate(capsys: Capture) -> None:
     assert {r["name"] for r in told(capsys, "branch")} == {"d", "work"}
 
 
+def test_a_gate_reads_csv_as_a_run_would(capsys: Capture) -> None:
+    """Another dialect, a broken row, no other file beside: Arrow's own reader would refuse it."""
+    Path("folder/notes.txt").unlink()
+    rows = "".join(f"{n};{n}\n" for n in range(50))
+    Path("folder/prices.csv").write_text(f"id;price\n{rows}50;1;2;3\n")
+    Path("gate.toml").write_text("[data.expect.price]\nmin = 0\nmax = 60\n")
+    assert data("commit", "folder", "--to", "d") == 0
+    assert data("branch", "d", "work") == 0
+    Path("folder/prices.csv").write_text(f"id;price\n{rows}50;1;2;3\n51;59\n")
+    assert data("commit", "folder", "--to", "work") == 0
+    capsys.readouterr()
+    assert data("merge", "work", "d", "--expect", "gate.toml") == 0
+    assert "warning: 1 rows are broken" in capsys.readouterr().err
+    Path("folder/prices.csv").write_text(f"id;price\n{rows}51;61\n")
+    assert data("commit", "folder", "--to", "work") == 0
+    capsys.readouterr()
+    assert data("merge", "work", "d", "--expect", "gate.toml") == 1
+    assert "price.range" in capsys.readouterr().err
+
+
+def test_a_commit_to_a_tag_is_refused_even_if_nothing_changed(capsys: Capture) -> None:
+    assert data("commit", "folder", "--to", "d") == 0
+    assert data("tag", "d", "paper") == 0
+    capsys.readouterr()
+    assert data("commit", "folder", "--to", "paper") == 1
+    assert "'paper' is a tag: it never moves" in capsys.readouterr().err
+
+
 def test_a_gate_that_expects_nothing_is_a_wrong_command(capsys: Capture) -> None:
     two_versions(capsys)
     Path("empty.toml").write_text("")

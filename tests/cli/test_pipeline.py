@@ -1,12 +1,14 @@
 """The pipeline's own part: keys of steps, what the catalog is told and when. Whole runs: test_run.py."""
 
+import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from marrow_process import TINY
+from marrow_process import TINY, Marrow, write_csv
 
 from marrow.cli.pipeline import Pipeline, load
 from marrow.cli.recipe import read_recipe
@@ -150,3 +152,32 @@ def test_metrics_reach_the_catalog_with_the_step_that_logged_them(runs: Runs) ->
         pipeline.step("train", module="marrow.data.split", config=1, build=build)
         (point,) = runs.store.runs.points(pipeline.run_id, "train/loss")  # before the run ends
     assert (point.step, point.value) == (3, 1.5)
+
+
+@pytest.mark.slow
+def test_a_run_reads_a_dataset_version_and_gc_keeps_it(
+    marrow: Marrow, csv_source: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "notes"
+    shutil.copytree(csv_source, folder)
+    assert marrow("data", "commit", folder, "--to", "notes").returncode == 0
+    assert marrow("data", "branch", "notes", "work").returncode == 0
+    write_csv(folder / "notes.csv", 300)
+    assert marrow("data", "commit", folder, "--to", "work").returncode == 0
+    done = marrow("run", TINY, "--set", "data.source=work@2")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(marrow("lineage", "tiny", "--json").stdout)
+    kinds = {one["id"]: one["kind"] for one in shown["artifacts"]}
+    (source,) = [
+        e["parent"] for e in shown["edges"] if (kinds[e["child"]], e["role"]) == ("ingest", "source")
+    ]
+    (version,) = [one for one in shown["artifacts"] if one["id"] == source]
+    assert (version["kind"], version["num_files"], version["names"]) == ("dataset", 1, ["work@2"])
+    assert marrow("data", "branch", "--delete", "work").returncode == 0
+    assert marrow("data", "gc").returncode == 0
+    out = tmp_path / "out"
+    assert marrow("data", "checkout", version["id"][:12], out).returncode == 0
+    assert (out / "notes.csv").read_bytes() == (folder / "notes.csv").read_bytes()
+    again = marrow("run", TINY, "--set", "data.source=work@2")
+    assert again.returncode == 0, again.stderr
+    assert "cached" in again.stdout + again.stderr

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from marrow.cli.target import find_artifact, find_model
-from marrow.core.errors import ArtifactNotFound, ModelError
+from marrow.cli.target import find_artifact, find_model, find_version
+from marrow.core.errors import ArtifactNotFound, ModelError, StoreError
 from marrow.core.records import Artifact
 from marrow.store.store import Store
+from marrow.store.versions import Versions
 
 MODEL = {"config.json": "{}", "tokenizer.json": "{}", "model.safetensors": "weights"}
 
@@ -117,3 +118,43 @@ def test_any_artifact_can_be_found_and_the_store_is_closed_afterwards(home: Path
     with find_artifact(rows.id[:8]) as (store, artifact):
         assert artifact.id == rows.id
         assert (store.view(artifact) / "rows-00000.parquet").read_text(encoding="utf-8") == "rows"
+
+
+@pytest.fixture
+def reviews(home: Path) -> list[Artifact]:
+    """Two versions of a dataset."""
+    folder = write(home.parent / "reviews-folder", {"a.csv": "text\nfirst\n"})
+    with Store.open(home) as store:
+        first = Versions(store).commit(folder, "reviews").version.artifact
+        (folder / "a.csv").write_text("text\nsecond\n", encoding="utf-8")
+        return [first, Versions(store).commit(folder, "reviews").version.artifact]
+
+
+def version_of(home: Path, source: str) -> str | None:
+    with Store.open(home) as store:
+        found = find_version(store, source)
+    return None if found is None else found.id
+
+
+def test_a_source_may_be_a_dataset_version(home: Path, reviews: list[Artifact]) -> None:
+    first, second = (artifact.id for artifact in reviews)
+    assert version_of(home, "reviews") == version_of(home, "reviews@2") == second
+    assert version_of(home, "reviews@1") == version_of(home, "reviews~1") == first
+    assert version_of(home, first[:12]) == first
+
+
+def test_a_source_that_is_there_goes_before_a_dataset(home: Path, reviews: list[Artifact]) -> None:
+    write(Path("reviews"), {"mine.csv": "text\nmine\n"})
+    assert version_of(home, "reviews") is None
+    assert version_of(home, "reviews@2") == reviews[1].id
+
+
+@pytest.mark.parametrize("source", ["python", "s3://bucket/reviews", "review*", "absent", "reviews@9"])
+def test_other_sources_are_no_dataset(home: Path, reviews: list[Artifact], source: str) -> None:
+    assert version_of(home, source) is None
+
+
+def test_a_source_of_another_kind_is_said(home: Path) -> None:
+    publish(home, "export", MODEL, "tiny")
+    with pytest.raises(StoreError, match="kind export, not a dataset"):
+        version_of(home, "tiny")

@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from marrow.data.config import DataRecipe
 from marrow.data.ingest import ingest
+from marrow.store.lock import FileLock
 
 
 @pytest.fixture
@@ -27,8 +28,12 @@ def read_rows(tmp_path: Path) -> Callable[..., tuple[pa.Table, dict[str, Any]]]:
 
 
 @pytest.fixture(scope="session")
-def stdlib_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The running interpreter's documentation, ingested once."""
-    out = tmp_path_factory.mktemp("stdlib-rows")
-    ingest(DataRecipe(), out)
+def stdlib_rows(shared: Path) -> Path:
+    """The running interpreter's documentation, ingested once for all test processes."""
+    out, making = shared / "stdlib-rows", shared / "stdlib-rows-making"
+    with FileLock(shared / "stdlib-rows.lock"):
+        if not out.exists():
+            making.mkdir()
+            ingest(DataRecipe(), making)
+            making.rename(out)
     return out

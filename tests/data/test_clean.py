@@ -142,6 +142,7 @@ def test_a_folder_without_rows_is_an_error(tmp_path):
         clean(DataRecipe(), tmp_path, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_documentation_holds_every_kept_byte_once(documentation, stdlib_rows):
     table, facts = documentation
     rows = pq.read_table(stdlib_rows / "rows-00000.parquet", columns=["source", "file"])
@@ -154,6 +155,7 @@ def test_the_documentation_holds_every_kept_byte_once(documentation, stdlib_rows
     assert "no_text" not in facts["dropped"]
 
 
+@pytest.mark.slow
 def test_the_documentation_is_found_again_at_file_and_line(documentation):
     table, _ = documentation
     for document in table.to_pylist()[::40]:

@@ -260,6 +260,7 @@ def test_a_column_may_have_any_name(tmp_path, name):
     assert report.results[0].failed == (1 if name else 0)
 
 
+@pytest.mark.slow
 def test_a_thousand_columns_are_checked(tmp_path):
     columns = {f"c{i}": [i, i + 1, None] for i in range(1000)}
     path = write(tmp_path / "t.parquet", columns)
@@ -338,7 +339,7 @@ def test_rows_of_a_source_are_found_by_their_file_and_line(tmp_path):
     column=st.lists(st.one_of(st.none(), st.integers(-3, 3), st.integers(-(2**63), 2**63 - 1)), max_size=60),
     known=st.lists(st.integers(-3, 3), max_size=5),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_unique_and_references_agree_with_brute_force(tmp_path_factory, column, known):
     folder = tmp_path_factory.mktemp("t")
     path = write(folder / "t.parquet", {"c": pa.array(column, pa.int64())}, row_group_size=7)

@@ -124,7 +124,7 @@ def repeated_by_force(words: list[str], n: int) -> int:
 
 
 @given(words=WORDS, n=st.integers(1, 10))
-@settings(max_examples=200)
+@settings(max_examples=80)
 def test_ngrams_agree_with_brute_force(words, n):
     grams = Grams(words)
     assert grams.top(n) == top_by_force(words, n)

@@ -3,6 +3,7 @@
 One cluster for the module, since starting one takes ten seconds.
 """
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -29,8 +30,11 @@ from marrow.data.shards import train_tokenizer, write_shards
 from marrow.data.shards_config import ShardsRecipe
 from marrow.text.config import TokenizerRecipe
 
-pytest.importorskip("ray", reason="the extra ray is not installed")
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # Looked for, not imported: every call of pytest reads this file.
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra ray is not installed"),
+]
 
 MEMORY = 100 << 20
 

@@ -1,8 +1,8 @@
 import gzip
-import os
 import time
 
 import pytest
+from ordinary import ordinary_user
 
 from marrow.core.errors import NotPermitted, SourceError
 from marrow.data.config import DataRecipe
@@ -60,13 +60,12 @@ def test_a_source_that_gives_nothing_says_what_was_looked_for(folder, source, me
     assert hint in caught.value.hint
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_without_permission_is_said(folder):
     (folder / "one.csv").chmod(0)
     from marrow.data.delimited import Tally
     from marrow.data.formats import read_file
 
-    with pytest.raises(NotPermitted):
+    with ordinary_user(), pytest.raises(NotPermitted):
         list(read_file(find_files(str(folder / "one.csv")).files[0], Tally(), lambda _: None))
 
 

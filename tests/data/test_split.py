@@ -122,6 +122,7 @@ def test_too_few_rows_or_groups_are_an_error_with_a_hint(tmp_path, groups, words
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.slow
 def test_the_documentation_holds_out_whole_packages_of_a_mixture(tmp_path, stdlib_rows):
     (tmp_path / "clean").mkdir()
     clean(DataRecipe(), stdlib_rows, tmp_path / "clean")

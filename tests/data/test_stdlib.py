@@ -125,7 +125,7 @@ def test_a_private_twin_is_grouped_with_its_public_module():
     assert group_of("", "topics.assert") == "topics.assert"
 
 
-@pytest.mark.parametrize("version", ["3.12", "3.13"])
+@pytest.mark.parametrize("version", ["3.12", pytest.param("3.13", marks=pytest.mark.slow)])
 def test_other_versions_libraries_are_read_too(version):
     """Their grammar is not ours: a file with newer syntax keeps its module row."""
     found = sorted(Path(sys.base_prefix).parent.glob(f"{version}.*/lib/python{version}"))

@@ -46,10 +46,10 @@ def test_the_stages_that_the_guide_names_are_named_and_each_fix_helps(starved: A
     prefetch, why_prefetch = diagnosed(starved, folder, "prefetch")
     assert why_prefetch.startswith("transform takes")
     assert prefetch > window
-    far, why_far = diagnosed(starved, folder, "far")
+    far, why_far = diagnosed(starved, folder, "far", 10)
     assert why_far.startswith("fetch takes")
     assert "loader.window" in why_far
-    near, _ = diagnosed(starved, folder, "near")
+    near, _ = diagnosed(starved, folder, "near", 10)
     assert near > 1.2 * far
 
 

@@ -135,6 +135,7 @@ def test_equal_numbers_in_different_rows_are_different_documents():
     assert torch.equal(one, two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 def test_it_compiles_into_one_graph(masked):
     tensors = [t.float().requires_grad_() for t in qkv(24)]

@@ -63,6 +63,7 @@ def test_the_compiler_of_this_machine_is_judged_by_use():
     assert isinstance(device.compiler_available(), bool)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_raised_thresholds_keep_freed_memory():
     """Hold and free 0.5 GB over and over: page faults fall by more than tenfold.

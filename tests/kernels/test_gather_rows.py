@@ -108,6 +108,22 @@ def test_what_is_missing_is_named(use_native: bool) -> None:
             table.missing(np.array([0, row]))
 
 
+@pytest.mark.parametrize("use_native", [True, False])
+def test_a_copy_keeps_its_shards_when_the_original_closes_them(use_native: bool) -> None:
+    rng = np.random.default_rng(0)
+    table = RowTable([3, 2], 9, use_native=use_native)
+    columns = make_columns(rng, 3, 9, np.uint16)
+    table.put(0, columns)
+    copied = table.copy()
+    table.drop(0)
+    copied.put(1, make_columns(rng, 2, 9, np.uint16))
+    assert (table.missing(np.array([0])), table.missing(np.array([3]))) == (0, 1)
+    assert copied.missing(np.arange(5)) is None
+    out = np.empty((3, 9), dtype=np.int64)
+    copied.stack(np.array([2, 0, 1]), out)
+    assert np.array_equal(out, columns.tokens[[2, 0, 1]])
+
+
 def test_starts_that_lie_do_not_leave_their_row() -> None:
     """A file whose check is right can still be wrong: written by someone else."""
     table = RowTable([1], 6)

@@ -68,7 +68,7 @@ def by_hand(context: int, rows: list[list[int]]) -> tuple[list[int], list[int], 
     return tokens, targets, positions, documents
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 @given(packed=packed_rows(), use_native=st.booleans())
 def test_a_batch_is_what_loops_make(packed: tuple[int, list[list[int]]], use_native: bool) -> None:
     context, rows = packed

@@ -75,7 +75,7 @@ def test_a_mixture_is_resumed_exactly_on_other_ranks_and_batches(recipe: LoaderR
 
 
 def test_only_what_is_trained_on_is_a_part_of_the_key(recipe: LoaderRecipe, tmp_path: Path) -> None:
-    quick = read(tmp_path, '[loader]\nprefetch = 9\nworkers = 3')
+    quick = read(tmp_path, "[loader]\nprefetch = 9\nworkers = 3")
     assert settings_of(quick) == settings_of(LoaderRecipe())
     for text in ("window = 1", 'stop_after = "1M tokens"'):
         assert settings_of(read(tmp_path, f"[loader]\n{text}")) != settings_of(LoaderRecipe())

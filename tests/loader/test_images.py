@@ -163,7 +163,7 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_parquet_of_images_makes_equal_batches_and_counts_the_broken(parquet: Path, workers: int) -> None:
     collate = Collate(ImageTransform(size=16), "skip")
 

@@ -109,7 +109,7 @@ def test_batches_go_on_over_the_end_of_an_epoch(shards: Path) -> None:
     assert rows_of(take(Loader(shards, 100, seed=0), 4)) == alone
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(
     skip=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=4),
     batch_rows=st.integers(1, 6),
@@ -386,6 +386,7 @@ def test_worker_processes_give_the_same_batches(shards: Path) -> None:
     assert list(map(content, there)) == list(map(content, here))
 
 
+@pytest.mark.slow
 def test_without_a_compiler_batches_are_the_same(shards: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from marrow.loader.loader import Loader\n"

@@ -155,10 +155,12 @@ def test_any_position_of_a_trillion_in_microseconds() -> None:
         mixture.rows(47_123_456_789 * trial + np.arange(1024))
         times.append((time.perf_counter() - start_s) / 1024)
     assert min(times) < 20e-6  # about 0.4 here
-    start_s = time.perf_counter()
-    counts = mixture.counts(10**18)
-    assert time.perf_counter() - start_s < 10e-3
-    assert sum(counts) == 10**18
+    times.clear()
+    for _ in range(5):
+        start_s = time.process_time()
+        assert sum(mixture.counts(10**18)) == 10**18
+        times.append(time.process_time() - start_s)
+    assert min(times) < 10e-3
 
 
 @pytest.mark.parametrize(

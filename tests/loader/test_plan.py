@@ -13,7 +13,7 @@ from marrow.loader.plan import FullShuffle, WindowShuffle, order_keys, permute_o
 SEEDS = st.integers(0, 2**63)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(num_rows=st.integers(1, 3000), seed=SEEDS, epoch=st.integers(0, 10**6))
 def test_every_epoch_holds_each_row_once(num_rows: int, seed: int, epoch: int) -> None:
     positions = np.arange(epoch * num_rows, (epoch + 1) * num_rows)
@@ -21,7 +21,7 @@ def test_every_epoch_holds_each_row_once(num_rows: int, seed: int, epoch: int) -
     assert np.array_equal(np.sort(rows), np.arange(num_rows))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(data=st.data(), num_rows=st.integers(1, 1 << 50), seed=SEEDS)
 def test_many_positions_at_once_are_the_positions_one_by_one(
     data: st.DataObject, num_rows: int, seed: int
@@ -135,7 +135,7 @@ def windows_by_hand(sizes: list[int], seed: int, window: int, epoch: int) -> lis
     return [{row for s in group for row in range(firsts[s], firsts[s + 1])} for group in groups]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(sizes=sizes_of_shards, seed=st.integers(0, 9), window=st.integers(1, 8), epoch=st.integers(0, 3))
 def test_a_window_holds_the_rows_of_its_shards_once_each(
     sizes: list[int], seed: int, window: int, epoch: int

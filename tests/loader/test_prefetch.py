@@ -148,15 +148,13 @@ def test_a_consumer_that_works_in_between_has_items_made_ahead() -> None:
     for _ in range(20):
         prefetcher.take()
     makers.clear()
-    waited_s = 0.0
     for number in range(30):
         time.sleep(0.006)
-        start_s = time.perf_counter()
+        if number >= 5:  # by then a thread makes them, while this one is busy elsewhere
+            wait_until(lambda: len(prefetcher._ready) > 0)
         prefetcher.take()
-        waited_s += time.perf_counter() - start_s if number >= 5 else 0.0
     prefetcher.close()
     assert makers[5:].count(NAME) == len(makers[5:])
-    assert waited_s < 0.5 * 25 * 0.002
 
 
 def test_make_is_called_by_one_thread_at_a_time_and_no_item_is_lost() -> None:

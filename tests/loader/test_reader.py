@@ -27,7 +27,7 @@ def table(shards: Path) -> list[dict[str, object]]:
     return [row for name in names for row in pa.ipc.open_file(shards / name).read_all().to_pylist()]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(data=st.data())
 def test_rows_come_in_the_order_asked_for(
     shards: Path, table: list[dict[str, object]], data: st.DataObject

@@ -30,7 +30,7 @@ def questions(draw: st.DrawFn) -> tuple[Order, list[int], int, int, list[tuple[i
     return order, rows, start, stop, list(zip(cuts[::2], cuts[1::2], strict=False))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 @given(question=questions())
 def test_the_answer_is_that_of_going_through_all_positions(
     question: tuple[Order, list[int], int, int, list[tuple[int, int]]],

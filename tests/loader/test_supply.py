@@ -1,6 +1,5 @@
 """The supply: prefetch and workers change when work is done, never what comes out or for the worse."""
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -77,9 +76,10 @@ def staged(seconds: dict[str, float]) -> Callable[[int], int]:
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("slowest", ["fetch", "transform"])
 def test_the_wait_is_charged_to_the_stage_that_is_slow(slowest: str, prefetch: int) -> None:
-    seconds = {"fetch": 0.001, "decode": 0.001, "transform": 0.001} | {slowest: 0.012}
-    with Supply(staged(seconds), iter(range(30)), prefetch=prefetch) as supply, Ledger("train") as ledger:
-        for _ in range(25):
+    # On a busy machine a sleep of 1 ms takes 5.
+    seconds = {"fetch": 0.001, "decode": 0.001, "transform": 0.001} | {slowest: 0.04}
+    with Supply(staged(seconds), iter(range(15)), prefetch=prefetch) as supply, Ledger("train") as ledger:
+        for _ in range(12):
             supply.take()
             time.sleep(0.001)
     parts = ledger.summary().parts
@@ -128,7 +128,7 @@ def test_workers_that_do_more_than_they_cost_stay() -> None:
 
 
 def test_a_thread_does_not_slow_a_consumer_that_only_takes() -> None:
-    """In CPU time, in turns, medians; a thread that is handed each item costs 5 to 20 times as much."""
+    """In CPU time, in turns, the least of each; handed to a thread, each item costs 5 to 20 times as much."""
     source = np.zeros(20_000, np.int64)
 
     def batches(task: int) -> Any:
@@ -143,8 +143,8 @@ def test_a_thread_does_not_slow_a_consumer_that_only_takes() -> None:
                 supply.take()
             return time.process_time() - start_s
 
-    pairs = [(cost_s(0), cost_s(2)) for _ in range(5)]
-    inline, thread = (statistics.median(column) for column in zip(*pairs, strict=True))
+    pairs = [(cost_s(0), cost_s(2)) for _ in range(7)]
+    inline, thread = (min(column) for column in zip(*pairs, strict=True))
     assert thread < 2 * inline  # 1.1 on an idle machine; the margin is for a busy one
 
 

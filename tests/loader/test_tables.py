@@ -87,7 +87,7 @@ def test_a_failing_transform_names_the_file(folder: Path) -> None:
         next(loader)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_batches_are_the_same_whatever_the_workers(folder: Path, workers: int) -> None:
     def batches(workers: int) -> list[Any]:
         reader = ParquetReader(folder, ["id"])

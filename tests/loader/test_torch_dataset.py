@@ -195,6 +195,7 @@ def test_shards_become_what_a_hugging_face_model_takes(shards: Path) -> None:
     assert all(torch.equal(row[name], batch[name][0]) for name in batch)
 
 
+@pytest.mark.slow
 def test_our_own_workers_under_the_door(parquet: Path) -> None:
     data = dataset(parquet, workers=1)
     assert ids(data) == ids(dataset(parquet))
@@ -222,8 +223,9 @@ def test_an_error_in_the_consumer_leaves_no_thread(parquet: Path) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "marrow-loader"]
 
 
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated", "ignore:This DataLoader will create")
 @pytest.mark.parametrize("samples", [False, True])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_torchdatas_stateful_loader_resumes_exactly(parquet: Path, workers: int, samples: bool) -> None:
     stateful = pytest.importorskip("torchdata.stateful_dataloader")
 

@@ -112,7 +112,7 @@ class Child:
 
     def result(self) -> list[str]:
         """Wait for a good end; return its remaining lines."""
-        out, errors = self.process.communicate(timeout=120)
+        out, errors = self.process.communicate(timeout=250)
         assert self.process.returncode == 0, errors
         return out.splitlines()
 
@@ -305,6 +305,6 @@ def versions(store: Store) -> Any:
 @pytest.fixture
 def wait_a_tick() -> Callable[[], None]:
     """Let the file system's clock move on, so that files written before are settled."""
-    from marrow.store.folder_index import FINE_GRAIN_NS
+    from marrow.store.folder_walk import FINE_GRAIN_NS
 
     return lambda: time.sleep(1.5e-9 * FINE_GRAIN_NS)

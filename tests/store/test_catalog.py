@@ -196,6 +196,9 @@ database.close()
 """
 
 
+@pytest.mark.parametrize(
+    "catalog_url", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True
+)
 def test_two_processes_name_without_losing_a_version(
     catalog: Catalog, make_artifact: Make, home: Path, catalog_url: str, spawn: Callable[..., Any]
 ) -> None:

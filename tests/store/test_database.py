@@ -80,6 +80,9 @@ def test_a_newer_schema_is_refused_with_a_hint(home: Path, database: Database, c
     assert caught.value.hint is not None and "upgrade" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    "catalog_url", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True
+)
 def test_two_processes_make_one_schema(home: Path, catalog_url: str, spawn: Callable[..., Any]) -> None:
     children = [spawn(OPEN, home, catalog_url) for _ in range(2)]
     for child in children:
@@ -216,6 +219,9 @@ def test_a_catalog_of_version_1_opens_and_keeps_its_artifacts(
         assert store.verify(kept) == ()
 
 
+@pytest.mark.parametrize(
+    "catalog_url", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True
+)
 def test_two_processes_upgrade_one_catalog(home: Path, catalog_url: str, spawn: Callable[..., Any]) -> None:
     Database(home, catalog_url).close()
     make_old(catalog_url)

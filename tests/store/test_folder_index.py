@@ -1,6 +1,5 @@
 import os
-import socket
-import time
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,120 +7,113 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marrow.core.errors import SourceError
+from marrow.core.hashes import hash_bytes
+from marrow.core.records import FileEntry
 from marrow.store import folder_index
-from marrow.store.folder_index import COARSE_GRAIN_NS, FINE_GRAIN_NS, FolderIndex, is_settled, walk
+from marrow.store.folder_index import FolderIndex, Known, known_entries, unsettled
+from marrow.store.folder_walk import Listing, Stamp
 
-INT64 = st.integers(-(2**63), 2**63 - 1)
-stamps = st.tuples(INT64, INT64, INT64, INT64)
-digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
-file_names = st.binary(min_size=1, max_size=20).filter(lambda n: b"\0" not in n).map(os.fsdecode)
+names = st.text("abc", min_size=1, max_size=2)
+odd_names = st.binary(min_size=1, max_size=6).filter(lambda n: not set(b"\0/") & set(n)).map(os.fsdecode)
+folders = st.sampled_from(["", "p/", "q/", "p/r/"])
+stamps = st.tuples(st.integers(0, 3), st.integers(0, 1), st.integers(0, 1), st.integers(0, 1))
+digests = st.sampled_from([hash_bytes(bytes([n])) for n in range(6)])
+files = st.tuples(stamps, digests)
+trees = st.dictionaries(folders, st.dictionaries(names, files, min_size=1, max_size=4))
+odd_trees = st.dictionaries(
+    odd_names.map(lambda n: f"{n}/") | st.just(""),
+    st.dictionaries(odd_names, files, min_size=1, max_size=4),
+    max_size=3,
+)
+Tree = dict[str, dict[str, tuple[Stamp, str]]]
 
 
-def names(folder: Path, **how: object) -> list[str]:
-    return [seen.name for seen in walk(folder, **how)]  # type: ignore[arg-type]
+def flat(tree: Tree) -> Known:
+    return {prefix + name: file for prefix, inside in tree.items() for name, file in inside.items()}
 
 
-@given(st.dictionaries(file_names, st.tuples(stamps, digests), max_size=20))
-def test_what_is_packed_comes_back(known: dict[str, tuple[tuple[int, int, int, int], str]]) -> None:
-    assert folder_index._unpack(folder_index._pack(known)) == known
-
-
-def test_a_walk_lists_files_sorted_with_odd_names(tmp_path: Path) -> None:
-    folder = tmp_path / "f"
-    (folder / "sub/deep").mkdir(parents=True)
-    (folder / "empty folder").mkdir()
-    odd = [
-        b"new\nline",
-        b"not \xff utf-8",
-        b"-rf",
-        b" ",
-        b"\xc3\xbc",
-        b'"quoted"',
-        b"back\\slash",
-        b"x" * 255,
+def listings(tree: Tree) -> list[Listing]:
+    return [
+        Listing(p, list(inside), array("q", [n for stamp, _ in inside.values() for n in stamp]))
+        for p, inside in tree.items()
     ]
-    for name in odd:
-        (folder / os.fsdecode(name)).write_bytes(b"")
-    (folder / "sub/deep/file").write_bytes(b"")
-    assert names(folder) == sorted([*map(os.fsdecode, odd), "sub/deep/file"])
 
 
-def test_git_the_store_and_leftovers_are_passed_over(tmp_path: Path) -> None:
-    for name in (".git/config", "store/blobs/x", "kept/.hidden", f".tmp-1-{'0' * 12}", ".tmp-mine"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"")
-    assert names(tmp_path, avoid=tmp_path / "store") == [".tmp-mine", "kept/.hidden"]
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("index")
 
 
-def test_a_link_is_refused_followed_or_skipped(tmp_path: Path) -> None:
-    folder = tmp_path / "f"
-    folder.mkdir()
-    (tmp_path / "outside").mkdir()
-    (tmp_path / "outside/file").write_text("text")
-    (folder / "link").symlink_to(tmp_path / "outside/file")
-    with pytest.raises(SourceError, match="'link' is a symbolic link") as caught:
-        names(folder)
-    assert "--follow-links" in str(caught.value)
-    assert names(folder, links="skip") == []
-    (folder / "folder").symlink_to(tmp_path / "outside")
-    (folder / "loop").symlink_to(folder)
-    assert names(folder, links="follow")[:2] == ["folder/file", "link"]
+def saved(place: Path, tree: Tree, packed: set[str], packs: frozenset[str]) -> FolderIndex:
+    """Write an index and read it back."""
+    index = FolderIndex(place / "index")
+    index.save(flat(tree), listings=listings(tree), packs=packs, is_packed=packed.__contains__)
+    again = FolderIndex(place / "index")
+    again.manifest, again.packs, again.blocks = folder_index._unpack((place / "index").read_bytes())
+    return again
 
 
-def test_a_link_that_leads_nowhere_is_said(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to("gone")
-    with pytest.raises(SourceError, match="leads nowhere"):
-        names(tmp_path, links="follow")
+@given(odd_trees)
+def test_what_is_saved_comes_back(place: Path, tree: Tree) -> None:
+    index = saved(place, tree, set(), frozenset(["0" * 64]))
+    assert index.known == flat(tree)
+    assert index.packs == {"0" * 64}
+    assert index.num_files == len(index.known)
+    sizes = [stamp[0] for stamp, _ in flat(tree).values()]
+    assert (index.num_bytes, index.sizes()) == (sum(sizes), set(sizes))
 
 
-def test_what_is_no_file_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # a socket's path must be short
-    with socket.socket(socket.AF_UNIX) as made:
-        made.bind("socket")
-        with pytest.raises(SourceError, match="'socket' is no file, folder or link"):
-            names(tmp_path)
+@given(trees, trees, st.sets(digests), st.sets(digests), st.booleans())
+def test_a_difference_is_what_comparing_each_file_gives(
+    place: Path, old: Tree, new: Tree, packed: set[str], gone: set[str], is_pack_gone: bool
+) -> None:
+    """Against the plain way. Bytes in packs can be lost only with a pack."""
+    index = saved(place, old, packed, frozenset(["0" * 64]))
+    if not is_pack_gone:
+        gone -= packed
+    here = frozenset() if is_pack_gone else frozenset(["0" * 64])
+    found = index.compare(listings(new), lambda digest: digest not in gone, here)
+    before, now = flat(old), flat(new)
+    same = {n: f for n, f in before.items() if n in now and now[n][0] == f[0] and f[1] not in gone}
+    assert {seen.name: seen.stamp for seen in found.read} == {n: now[n][0] for n in now.keys() - same.keys()}
+    assert [seen.name for seen in found.read] == sorted(seen.name for seen in found.read)
+    assert found.gone == before.keys() - now.keys()
+    assert found.before == {n: f for n, f in before.items() if n not in same}
+    assert found.same.items() <= same.items()
+    if not found.read and not found.before and list(old) == list(new):
+        assert not found.same or old != new or [*flat(old)] != [*flat(new)]
 
 
-def test_names_that_differ_in_normal_form_only_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "caf\u00e9").write_bytes(b"")
-    (tmp_path / "cafe\u0301").write_bytes(b"")
-    if len(list(tmp_path.iterdir())) < 2:
-        pytest.skip("this file system keeps one of the two")
-    with pytest.raises(SourceError, match="normal form") as caught:
-        names(tmp_path)
-    assert "'cafe\\u0301' and 'caf\\xe9'" in str(caught.value)
+@given(trees, trees)
+def test_saving_the_difference_is_saving_everything(place: Path, old: Tree, new: Tree) -> None:
+    """What a commit writes: folders that did not change keep what is known of them."""
+    index = saved(place, old, set(), frozenset())
+    found = index.compare(listings(new), lambda digest: True, frozenset())
+    now = flat(new)
+    read = {seen.name: now[seen.name] for seen in found.read}
+    all_now = {name: index.known[name] for name in now.keys() - read.keys()} | read
+    index.save(found.same | read, listings=listings(new))
+    assert index.known == all_now
 
 
-def test_a_path_too_long_for_the_system_is_said(tmp_path: Path) -> None:
-    here = os.open(tmp_path, os.O_RDONLY)
-    part = "x" * 250
-    try:
-        for _ in range(20):
-            os.mkdir(part, dir_fd=here)
-            below = os.open(part, os.O_RDONLY, dir_fd=here)
-            os.close(here)
-            here = below
-        with pytest.raises(SourceError, match="too long to read"):
-            names(tmp_path)
-    finally:
-        os.close(here)
+def test_an_unsettled_file_is_known_but_never_unchanged(place: Path) -> None:
+    stamp = (5, 6, 7, 8)
+    index = saved(place, {"": {"a": (unsettled(stamp), "0" * 64)}}, set(), frozenset())
+    found = index.compare(listings({"": {"a": (stamp, "")}}), lambda digest: True, frozenset())
+    assert [seen.name for seen in found.read] == ["a"]
+    assert index.num_bytes == 5
+    assert [entry.num_bytes for entry in known_entries(index.known)] == [5]
 
 
-def test_a_file_is_settled_once_a_change_must_show() -> None:
-    fine, coarse = 1_000_000_000_000_123_456, 1_000_000_000_000_000_000
-    assert not is_settled((1, 0, fine, 1), fine + FINE_GRAIN_NS)
-    assert is_settled((1, 0, fine, 1), fine + FINE_GRAIN_NS + 1)
-    assert not is_settled((1, 0, coarse, 1), coarse + COARSE_GRAIN_NS)
-    assert is_settled((1, 0, coarse, 1), coarse + COARSE_GRAIN_NS + 1)
+def test_an_index_says_whose_files_it_holds(tmp_path: Path) -> None:
+    one, other = (FileEntry("000000", digit * 64, "", 1) for digit in "12")
+    index = FolderIndex.open(tmp_path, tmp_path)
+    index.save({"a": ((1, 2, 3, 4), "0" * 64)}, [one])
+    again = FolderIndex.open(tmp_path, tmp_path)
+    assert again.manifest == folder_index.manifest_check([one]) != folder_index.manifest_check([other])
 
 
-def test_a_file_from_the_future_is_never_settled() -> None:
-    now = time.time_ns()
-    assert not is_settled((1, 0, now + 3_600 * 10**9, 1), now)
-
-
-@pytest.mark.parametrize("damage", [b"", b"x", b"marrow-index 1\n", b"marrow-index 1\n" + bytes(100)])
+@pytest.mark.parametrize("damage", [b"", b"x", b"marrow-index 2\n", b"marrow-index 2\n" + bytes(100)])
 def test_a_damaged_index_is_an_empty_one(tmp_path: Path, damage: bytes) -> None:
     index = FolderIndex.open(tmp_path, tmp_path)
     index.save({"a": ((1, 2, 3, 4), "0" * 64)})

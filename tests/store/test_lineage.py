@@ -12,6 +12,7 @@ from marrow.core.records import Artifact
 from marrow.store.catalog import Catalog
 from marrow.store.database import Database
 from marrow.store.lineage import to_data, to_dot, to_json, trace, tree
+from marrow.store.versions import Versions
 
 Make = Callable[..., Artifact]
 
@@ -117,3 +118,10 @@ def test_tracing_equals_the_closure_of_the_edges(
         graph = trace(catalog, made[start], direction)  # type: ignore[arg-type]
         assert set(graph.artifacts) == {made[i].id for i in reached}
         assert len(graph.edges) == sum(1 for c, p in edges if c in reached and p in reached)
+
+
+def test_a_dataset_has_the_size_of_its_files_not_of_its_manifest(versions: Versions, folder: Path) -> None:
+    made = versions.commit(folder, "d").version
+    node = tree(trace(versions.store.catalog, made.artifact))
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert (node["num_files"], node["num_bytes"]) == (len(files), sum(p.stat().st_size for p in files))

@@ -1,4 +1,5 @@
 import os
+import zlib
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 from marrow.core.errors import DamagedBlob
 from marrow.core.hashes import hash_bytes
-from marrow.store.manifests import Entry, compare, decode, encode, printable
+from marrow.store.manifests import Entry, compare, decode, encode, printable, splice
 
 part = st.text(
     st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=8
@@ -39,6 +40,41 @@ def test_one_changed_file_changes_one_range() -> None:
     before, after = set(encode(entries)), set(encode(changed))
     assert len(before) > 5
     assert len(before - after) == len(after - before) == 1
+
+
+cut_names = [f"{n:05d}" for n in range(100_000) if zlib.crc32(b"%05d" % n) & 4095 == 0]
+some_names = st.sampled_from([*cut_names, *(f"{n:05d}" for n in range(0, 100_000, 3_001)), "a", " "])
+some_files = st.dictionaries(some_names, contents, max_size=30)
+
+
+@given(some_files, st.dictionaries(some_names, contents | st.none(), max_size=6))
+def test_a_spliced_manifest_is_the_one_that_would_be_written(
+    old: dict[str, str], changes: dict[str, str | None]
+) -> None:
+    """Also where names that cut come and go: about half of these do."""
+
+    def entries(files: dict[str, str]) -> list[Entry]:
+        return [Entry(name, digest, 1) for name, digest in sorted(files.items())]
+
+    ranges = list(encode(entries(old)))
+    new = {n: None if d is None else Entry(n, d, 1) for n, d in changes.items()}
+    made = [ranges[p] if isinstance(p, int) else p for p in splice(len(ranges), ranges.__getitem__, new)]
+    now = {n: d for n, d in {**old, **changes}.items() if d is not None}
+    assert made == list(encode(entries(now)))
+
+
+def test_a_splice_reads_only_the_ranges_that_it_needs() -> None:
+    ranges = list(encode(many(200_000)))
+    assert len(ranges) > 30
+    read = set()
+
+    def get(number: int) -> bytes:
+        read.add(number)
+        return ranges[number]
+
+    made = splice(len(ranges), get, {"100000": Entry("100000", "0" * 64, 1)})
+    assert sum(isinstance(piece, bytes) for piece in made) == 1
+    assert len(read) <= 8
 
 
 @pytest.mark.parametrize("place", [0, 30_000, 60_000])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from marrow.core.errors import DamagedBlob
 from marrow.core.hashes import hash_bytes
-from marrow.store.packs import Packs, PackWriter, parse_index
+from marrow.store.packs import Packs, PackWriter, read_index
 from marrow.store.staging import Staging
 from marrow.store.store import Store
 
@@ -87,7 +87,7 @@ def test_a_pack_cut_short_is_set_aside(packs: Packs, tmp_path: Path, size: int) 
 def test_a_huge_count_in_the_footer_is_no_huge_allocation() -> None:
     footer = (1 << 60).to_bytes(8, "little") + b"MARROWP1"
     with pytest.raises(DamagedBlob):
-        parse_index("0" * 64, 16, lambda start, length: footer[start : start + length])
+        read_index("0" * 64, 16, lambda start, length: footer[start : start + length])
 
 
 def test_a_reader_follows_a_member_to_another_pack(packs: Packs) -> None:

@@ -159,6 +159,9 @@ def test_two_processes_log_to_one_run(
         assert [point.value for point in runs.points(run_id, name)] == [step / 7 for step in range(3000)]
 
 
+@pytest.mark.parametrize(
+    "catalog_url", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True
+)
 def test_what_was_flushed_survives_kill_9(
     runs: Runs, home: Path, catalog_url: str, spawn: Callable[..., Any]
 ) -> None:

@@ -109,6 +109,9 @@ print(won)
 """
 
 
+@pytest.mark.parametrize(
+    "catalog_url", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True
+)
 def test_two_processes_never_take_the_same_number(
     home: Path, catalog_url: str, database: Database, spawn: Callable[..., Any]
 ) -> None:

@@ -335,7 +335,7 @@ def test_an_endpoint_that_stays_down_is_an_error_in_bounded_time(
     start_s = time.monotonic()
     with pytest.raises(Unreachable):
         slow.read("a/b")
-    assert time.monotonic() - start_s < 3
+    assert time.monotonic() - start_s < 20  # about 0.5 here; all tries would take a day
 
 
 def test_bytes_that_drip_are_no_progress(fault_proxy: FaultProxy, bucket: str) -> None:

@@ -69,6 +69,9 @@ def test_an_unknown_run_is_said(runs: Runs) -> None:
         runs.get("x")
 
 
+@pytest.mark.parametrize(
+    "catalog_url", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True
+)
 def test_a_killed_run_reads_as_killed_and_a_live_one_as_running(
     runs: Runs, home: Path, catalog_url: str, spawn: Callable[..., Any]
 ) -> None:

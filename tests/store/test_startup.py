@@ -5,6 +5,8 @@ from typing import Any
 RUN = """
 import sys, time
 start_s = time.process_time()
+import sqlalchemy, sqlalchemy.dialects.sqlite
+ready_s = time.process_time()
 from pathlib import Path
 from marrow.core.records import Parent
 from marrow.store.steps import Step, run_step
@@ -20,15 +22,16 @@ with Store.open(Path(sys.argv[1])) as store:
         result = run_step(store, Step("link", build, parents=parents, config=number))
         statuses.add(result.status)
         parents = (Parent("before", result.artifact.id),)
-print(time.process_time() - start_s)
+print((time.process_time() - ready_s) / (ready_s - start_s))
 print(*statuses)
-print(sorted({"torch", "pandas", "pyarrow", "transformers", "rich"} & set(sys.modules)))
+print(sorted(set(sys.argv[2].split()) & set(sys.modules)))
 """
+HEAVY = "torch numpy pandas pyarrow transformers rich obstore duckdb psycopg fastapi http.client"
 
 
 def test_ten_cached_steps_are_found_in_no_time_without_torch(home: Path, spawn: Callable[..., Any]) -> None:
-    assert spawn(RUN, home).result()[1] == "built"
-    runs = [spawn(RUN, home).result() for _ in range(3)]
+    """The import of SQLAlchemy is four fifths of the start; all the rest may take half as long as it."""
+    assert spawn(RUN, home, HEAVY).result()[1] == "built"
+    runs = [spawn(RUN, home, HEAVY).result() for _ in range(3)]
     assert {(statuses, loaded) for _, statuses, loaded in runs} == {("cached", "[]")}
-    # Imports of SQLAlchemy included, which are 0.19 s of the 0.23 s on the reference machine.
-    assert min(float(seconds) for seconds, _, _ in runs) < 0.3
+    assert min(float(ratio) for ratio, _, _ in runs) < 0.5  # 0.21 to 0.31 on a busy machine

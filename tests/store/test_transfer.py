@@ -1,17 +1,23 @@
 import json
 import os
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from object_server import Fault, FaultProxy, Seen
 
-from marrow.core.errors import ArtifactNotFound, DamagedBlob, DiskFull, SourceError, StaleVersion
+from marrow.core.errors import (
+    ArtifactNotFound,
+    DamagedBlob,
+    DiskFull,
+    NotPermitted,
+    SourceError,
+    StaleVersion,
+)
 from marrow.core.hashes import hash_file
 from marrow.store.remote import Remote
 from marrow.store.store import Store
-from marrow.store.transfer import pull, push
+from marrow.store.transfer import Transferred, pull, push
 from marrow.store.versions import Versions
 
 
@@ -178,27 +184,26 @@ def test_both_went_on_is_said_and_merged(
 
 
 def test_two_pushes_at_once_cannot_both_win(
-    history: Versions, other: Versions, remote: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    history: Versions, other: Versions, bucket: str, folder: Path, fault_proxy: FaultProxy
 ) -> None:
-    push(history.store, "d", remote)
-    pull(other.store, "d", remote)
+    push(history.store, "d", bucket)
+    pull(other.store, "d", bucket)
     for versions, text in ((history, "one"), (other, "other")):
         (folder / "mine").write_text(text)
         versions.commit(folder, "d", text, replace=True)
-    real = Remote.write
-    pushed = []
+    pushed: list[Transferred] = []
 
-    def write(self: Remote, name: str, data: Any, **how: Any) -> str:
-        if name.startswith("names/") and not pushed:  # at the last moment someone else is faster
-            pushed.append(push)
-            push(other.store, "d", remote)
-        return real(self, name, data, **how)
+    def someone_is_faster(request: Seen, n: int) -> None:
+        """At the last moment, when the name is about to be written."""
+        if request.method == "PUT" and "/names/" in request.path and not pushed:
+            fault_proxy.fault = lambda request, n: None
+            pushed.append(push(other.store, "d", bucket))
 
-    monkeypatch.setattr(Remote, "write", write)
+    fault_proxy.fault = someone_is_faster
     with pytest.raises(StaleVersion, match="someone else pushed d@4 meanwhile"):
-        push(history.store, "d", remote)
-    monkeypatch.undo()
-    with Remote.open(remote) as opened:
+        push(history.store, "d", bucket)
+    assert pushed[0].versions == ("d@4",)
+    with Remote.open(bucket) as opened:
         kept = json.loads(opened.read("names/d/00000004.json"))
     assert kept["artifact_id"] == other.resolve("d").id
 
@@ -247,38 +252,94 @@ def test_a_full_disk_is_said_and_the_pull_goes_on_elsewhere(
         pull(store, "d", remote)
 
 
-FAIL_HALF_WAY = ["read", "download", "write", "list"]
+def storm(request: Seen, n: int) -> Fault | None:
+    """Half the requests go wrong: errors, answers cut or lost; never one three times in a row."""
+    return [Fault(status=500), None, Fault(cut_after=40), None, Fault(swallow=True), None][n % 6]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_remote_that_fails_half_way_loses_nothing(
-    history: Versions, other: Versions, remote: str, monkeypatch: pytest.MonkeyPatch, seed: int
+@pytest.mark.slow
+def test_errors_cuts_and_lost_answers_change_nothing(
+    history: Versions, other: Versions, bucket: str, fault_proxy: FaultProxy
 ) -> None:
-    """Requests fail for good now and then; the same command, repeated, ends with everything."""
-    dice = random.Random(seed)
+    fault_proxy.fault = storm
+    assert push(history.store, "d", bucket).versions == ("d@1", "d@2", "d@3")
+    assert pull(other.store, "d", bucket).versions == ("d@1", "d@2", "d@3")
+    assert len(fault_proxy.seen) > 50
+    assert_same(history, other)
 
-    def failing(real: Any) -> Any:
-        def call(self: Remote, *arguments: Any, **how: Any) -> Any:
-            if dice.random() < 0.15:
-                raise SourceError("the network is gone")
-            return real(self, *arguments, **how)
 
-        return call
+def moved(fault_proxy: FaultProxy, method: str) -> list[str]:
+    """Paths of the bytes that a method moved, as often as it did."""
+    paths = [seen.path.partition("?")[0] for seen in fault_proxy.seen if seen.method == method]
+    return [path for path in paths if "/blobs/" in path or "/packs/" in path]
 
-    for method in FAIL_HALF_WAY:
-        monkeypatch.setattr(Remote, method, failing(getattr(Remote, method)))
-    failures = 0
-    for work in (lambda: push(history.store, "d", remote), lambda: pull(other.store, "d", remote)):
-        while True:
-            try:
-                work()
-                break
-            except SourceError:
-                failures += 1
-                assert failures < 500
-                assert other.verify().missing == {}
-    monkeypatch.undo()
-    assert failures
+
+@pytest.mark.parametrize("step", [pytest.param(5, marks=pytest.mark.slow), 9])
+def test_refused_half_way_it_goes_on_where_it_was(
+    history: Versions, other: Versions, bucket: str, fault_proxy: FaultProxy, step: int
+) -> None:
+    """The right to go on ends after some requests, each time a little later."""
+    passed: list[Seen] = []
+
+    def attempt(work: Callable[[], Transferred], most: int) -> bool:
+        fault_proxy.seen.clear()
+
+        def refuse(request: Seen, n: int) -> Fault | None:
+            if n >= most:
+                return Fault(status=403)
+            passed.append(request)
+            return None
+
+        fault_proxy.fault = refuse
+        try:
+            work()
+        except NotPermitted:
+            assert other.verify().missing == {}
+            return False
+        return True
+
+    for work in (lambda: push(history.store, "d", bucket), lambda: pull(other.store, "d", bucket)):
+        refused = 0
+        while not attempt(work, step * (refused + 1)):
+            refused += 1
+            assert refused < 50
+        assert refused
+    fault_proxy.fault = lambda request, n: None
+    fault_proxy.seen[:] = passed
+    sent = moved(fault_proxy, "PUT")
+    assert len(sent) == len(set(sent)) > 5, "nothing is sent twice"
+    assert_same(history, other)
+
+
+def test_bytes_changed_on_the_way_are_said_and_not_kept(
+    history: Versions, other: Versions, bucket: str, fault_proxy: FaultProxy
+) -> None:
+    push(history.store, "d", bucket)
+    fault_proxy.fault = lambda request, n: Fault(flip=7) if moved_by(request) else None
+    with pytest.raises(DamagedBlob):
+        pull(other.store, "d", bucket)
+    assert other.refs.all() == []
+    fault_proxy.fault = lambda request, n: None
+    pull(other.store, "d", bucket)
+    assert_same(history, other)
+
+
+def moved_by(request: Seen) -> bool:
+    return request.method == "GET" and "/blobs/" in request.path
+
+
+def test_only_missing_bytes_are_sent_to_s3(
+    history: Versions, other: Versions, bucket: str, fault_proxy: FaultProxy, folder: Path
+) -> None:
+    push(history.store, "d", bucket)
+    pull(other.store, "d", bucket)
+    (folder / "tiny").write_text("tiny")
+    history.commit(folder, "d", replace=True)
+    fault_proxy.seen.clear()
+    push(history.store, "d", bucket)
+    assert len(moved(fault_proxy, "PUT")) == 2, "a pack and a manifest"
+    fault_proxy.seen.clear()
+    assert pull(other.store, "d", bucket).num_files == 2
     assert_same(history, other)
 
 

@@ -204,7 +204,7 @@ names_of_files = st.text("abc/é \n", min_size=1, max_size=6).filter(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.dictionaries(names_of_files, st.binary(max_size=20), max_size=6), min_size=1, max_size=4))
 def test_any_history_of_a_folder_comes_back(
     tmp_path_factory: pytest.TempPathFactory, history: list[dict[str, bytes]]

@@ -201,6 +201,7 @@ def test_known_patterns_take_the_fast_road(corpus: list[str], tmp_path: Path) ->
         assert (loaded._bpe is not None) == is_fast
 
 
+@pytest.mark.slow
 def test_ids_beyond_16_bits_are_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """150,000 tokens, as Qwen has; those of the text get the highest ids."""
     tokenizer.save(tmp_path / "tokenizer.json")

@@ -65,6 +65,7 @@ def test_ids_are_those_of_the_library_on_real_code(
         assert ids.dtype == np.int32
 
 
+@pytest.mark.slow
 def test_every_pair_of_ascii_characters_is_cut_as_the_library_cuts_it(
     tokenizer: Tokenizer, library: Library
 ) -> None:
@@ -174,6 +175,7 @@ def test_the_word_cache_is_bounded_and_correct_when_it_overflows(
     assert max(map(len, words)) <= bpe_module._CACHED_CHARACTERS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("road", ["tokenizer", "plain"])
 def test_threads_share_a_tokenizer(road: str, corpus: list[str], request: pytest.FixtureRequest) -> None:
     shared: Tokenizer = request.getfixturevalue(road)
@@ -416,6 +418,7 @@ def test_a_damaged_file_is_a_clear_error(tmp_path: Path, damage: str) -> None:
     assert error.value.hint
 
 
+@pytest.mark.slow
 def test_a_tokenizer_with_another_pattern_keeps_it(
     tokenizer: Tokenizer, corpus: list[str], tmp_path: Path
 ) -> None:
@@ -439,6 +442,7 @@ def test_a_missing_file_is_a_clear_error(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("road", ["tokenizer", "plain"])
 def test_encoding_costs_no_more_than_the_library_alone(
     road: str, request: pytest.FixtureRequest, library: Library, corpus: list[str]

@@ -1,5 +1,6 @@
 """Fixtures of the training tests: a tiny corpus as shards, a tiny model, a tiny recipe."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from marrow.data.shards import train_tokenizer, write_shards
 from marrow.data.shards_config import ShardsRecipe
+from marrow.kernels import device
 from marrow.models.config import ModelConfig
 from marrow.text.config import TokenizerRecipe
 from marrow.train.config import TrainRecipe
@@ -38,6 +40,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer(TokenizerRecipe(vocab_size=352), folder / "split", folder / "tokenizer")
     write_shards(ShardsRecipe(context=32), folder / "split", folder / "tokenizer", folder / "shards")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_measurement() -> Iterator[None]:
+    """Measure this machine's matrix products once, not for half a second at the start of each run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "choose_dtype", functools.cache(device.choose_dtype))
+        yield
 
 
 @pytest.fixture

@@ -109,7 +109,15 @@ def naive_nats(decoder: Decoder, heldout: HeldOut, context: int, stride: int) ->
     return nats
 
 
-@pytest.mark.parametrize(("context", "stride"), [(16, 8), (16, 16), (7, 1), (1000, 500)])
+@pytest.mark.parametrize(
+    ("context", "stride"),
+    [
+        (16, 8),
+        (16, 16),
+        pytest.param(7, 1, marks=pytest.mark.slow),
+        pytest.param(1000, 500, marks=pytest.mark.slow),
+    ],
+)
 def test_every_token_costs_what_its_own_window_says(tokenizer, heldout, context, stride):
     decoder = tiny(tokenizer.vocab_size)
     recipe = replace(RECIPE, context=context, stride=stride)

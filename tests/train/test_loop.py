@@ -88,7 +88,7 @@ def test_the_results_load_and_are_what_was_trained(
         assert torch.equal(mine, other)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_to_the_same_bits(
     corpus: Path, tiny_recipe: Make, tiny_model: ModelConfig, tmp_path: Path, dtype: str
 ) -> None:
@@ -199,6 +199,7 @@ def test_a_run_killed_at_any_instant_goes_on_to_the_same_bits(
     assert losses(whole) == losses(tmp_path / "killed" / "last")
 
 
+@pytest.mark.slow
 def test_two_trainings_side_by_side_do_not_touch(
     corpus: Path, tiny_recipe: Make, tiny_model: ModelConfig, tmp_path: Path
 ) -> None:
@@ -243,7 +244,10 @@ def test_a_damaged_checkpoint_costs_steps_not_the_run(
     assert_same_results(whole, again)
 
 
-@pytest.mark.parametrize("change", ["recipe", "model", "resume=False"])
+@pytest.mark.parametrize(
+    "change",
+    ["recipe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("model", "resume=False"))],
+)
 def test_checkpoints_of_another_run_are_not_used(
     corpus: Path, tiny_recipe: Make, tiny_model: ModelConfig, tmp_path: Path, change: str
 ) -> None:
@@ -466,6 +470,7 @@ def test_a_mixture_trains_and_is_resumed_to_the_same_bits(
     assert_same_results(whole, resumed)
 
 
+@pytest.mark.slow
 def test_another_order_is_another_run(
     corpus: Path, tiny_recipe: Make, tiny_model: ModelConfig, tmp_path: Path
 ) -> None:

@@ -15,6 +15,8 @@ from marrow.store.manifests import Entry
 from marrow.store.merge import Side
 from marrow.store.versions import Gate, Versions
 
+COLUMNAR = (".parquet", ".arrow", ".feather", ".ipc")  # that say themselves what type a column has
+
 
 @click.command("merge")
 @click.argument("source")
@@ -77,16 +79,17 @@ def _check(data: DataRecipe, folder: Path, scratch: Path) -> None:
     # Arrow's kernels; a merge without a gate never needs them.
     from marrow.data.expectations import check, check_expectations
     from marrow.data.ingest import ingest
-    from marrow.data.quality_config import TABLE_SUFFIXES
 
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    if all(path.suffix in TABLE_SUFFIXES for path in files):
+    if all(path.suffix in COLUMNAR for path in files):
         with console.progress_of("expect") as progress:
             report = check_expectations(files, data.expect, progress, spill=scratch)
     else:
-        # Formats with broken rows and types to be found: as a run would read them.
+        # Text: dialects, types to be found, broken rows. It is read as a run would read it.
         with console.progress_of("ingest") as progress:
-            ingest(dataclasses.replace(data, source=str(folder)), scratch, progress)
+            facts = ingest(dataclasses.replace(data, source=str(folder)), scratch, progress)
+        if broken := facts["broken_rows"]:
+            console.say(f"warning: {broken:,} rows are broken: a run would put them into quarantine")
         report = check(scratch, data.expect)
     for result in report.of("warn"):
         console.say(f"warning: {result.told()}")

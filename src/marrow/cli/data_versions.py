@@ -11,9 +11,10 @@ import click
 
 from marrow.cli import console
 from marrow.core.errors import UsageError
+from marrow.store.commits import Version
 from marrow.store.manifests import Change, Entry, printable
 from marrow.store.store import Store
-from marrow.store.versions import Version, Versions
+from marrow.store.versions import Versions
 
 SHOWN = 20  # files that a terminal is told of
 

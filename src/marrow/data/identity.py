@@ -6,13 +6,15 @@ make every ninth number a person.
 
     Brazil    CPF        ddd.ddd.ddd-dd                two digits modulo 11
     China     resident   region, birth date, 17 digits and one of 0-9X, modulo 11-2 (GB 11643)
-    Denmark, Norway      not here: the first has no check any more, the second looks like a number
     Finland   HETU       ddmmyy[-+A]nnnc               letter modulo 31, birth date
     France    NIR        s yy mm dd ccc nnn kk         97 minus number modulo 97
     Italy     codice     AAAAAA00A00A000A              letter modulo 26
     Poland    PESEL      yymmdd and five digits        weighted modulo 10, birth date
     Spain     DNI, NIE   dddddddd-L, Xddddddd-L        letter modulo 23, hyphen asked for
     Sweden    number     yymmdd-nnnc                   Luhn, birth date
+
+Eight countries. Others are not looked for: the Danish CPR, for one, has had no check digit that
+holds since 2007.
 """
 
 import re

@@ -5,7 +5,7 @@
     ip               public IPv4 and IPv6 addresses
     card             13 to 19 digits of a card scheme, with Luhn's check digit
     iban             country, length and the check of ISO 7064
-    national_id      of nine countries, each with its checksum (`identity.py`)
+    national_id      of eight countries, each with its checksum (`identity.py`)
     url_credentials  the user and password of scheme://user:password@host
     secret           keys and tokens with a known prefix, JSON web tokens, private key blocks
 

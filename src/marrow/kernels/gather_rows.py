@@ -12,6 +12,7 @@ samples. Each operation is one C call that lets Python's lock go if it is long; 
 Axes: B rows, T tokens of context, S shards.
 """
 
+import copy
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,6 +68,13 @@ class RowTable:
         self._library = _library() if use_native else None
         self._addresses = np.zeros((len(rows_of_S), 5), dtype=np.int64)  # shard_t in C
         self._shards = len(rows_of_S), _at(self.first_row), _at(self._addresses)
+
+    def copy(self) -> "RowTable":
+        """Return a table with the same open shards, which are opened and closed apart from these."""
+        other = copy.copy(self)
+        other._columns, other._addresses = self._columns.copy(), self._addresses.copy()
+        other._shards = (*self._shards[:2], _at(other._addresses))
+        return other
 
     def put(self, index: int, columns: Columns) -> None:
         """Open a shard: its rows can be read from now on."""

@@ -53,6 +53,10 @@ class LayRows:
     def __init__(self) -> None:
         self._ring = Ring()
 
+    def row_bytes(self, stored: int) -> int:
+        """Return the bytes that a row of T + 1 tokens takes."""
+        return 28 * (stored - 1)
+
     def __call__(self, picked: Rows, samples: range) -> Batch:
         """Make a batch of rows."""
         return self.many(picked, [samples])[0]
@@ -89,17 +93,24 @@ class StackRows:
     def __init__(self) -> None:
         self._ring = Ring()
 
+    def row_bytes(self, stored: int) -> int:
+        """Return the bytes that a row of T + 1 tokens takes."""
+        return 8 * stored
+
     def __call__(self, picked: Rows, samples: range) -> Tensor:
         """Make the tensor of rows; `samples` is not in it."""
-        return self.many(picked, [samples])[0]
+        return torch.from_numpy(self._stack(picked))
 
     def many(self, picked: Rows, samples: Sequence[range]) -> list[Tensor]:
         """Make tensors of equally many rows, one for each of `samples`, in one pass."""
-        rows = len(picked) // len(samples)
+        rows, out = len(picked) // len(samples), self._stack(picked)
+        return [torch.from_numpy(out[low : low + rows]) for low in range(0, len(picked), rows)]
+
+    def _stack(self, picked: Rows) -> NDArray[np.int64]:
         out = self._ring.take(8 * len(picked) * picked.stored).view(np.int64)
         out = out.reshape(len(picked), picked.stored)
         picked.stack(out)
-        return [torch.from_numpy(out[low : low + rows]) for low in range(0, len(picked), rows)]
+        return out
 
 
 def make_batch(picked: Rows, samples: range) -> Batch:

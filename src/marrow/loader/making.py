@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from marrow.loader.order import Job, Jobs
 from marrow.loader.source import Reader
-from marrow.loader.stages import stage
+from marrow.loader.stages import QUEUE, enter, stage
 
 B = TypeVar("B")
 
@@ -43,10 +43,13 @@ class GroupMaker(Generic[B]):
 
     def __call__(self, jobs: Jobs) -> list[tuple[B, int]]:
         """Return the batches, each with the position where its global batch ends."""
-        with stage("decode"):
-            picked = self.reader.take(jobs.rows_N)
-        with stage("collate"):
-            if len(jobs.samples) == 1:
-                return [(self.collate(picked, jobs.samples[0]), jobs.ends[0])]
+        enter("decode")
+        picked = self.reader.take(jobs.rows_N)
+        enter("collate")
+        if len(jobs.samples) == 1:
+            made = [(self.collate(picked, jobs.samples[0]), jobs.ends[0])]
+        else:
             many: Callable[..., list[B]] = self.collate.many  # type: ignore[attr-defined]
-            return list(zip(many(picked, jobs.samples), jobs.ends, strict=True))
+            made = list(zip(many(picked, jobs.samples), jobs.ends, strict=True))
+        enter(QUEUE)
+        return made

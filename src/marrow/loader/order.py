@@ -18,6 +18,10 @@ Ranges = tuple[tuple[int, int], ...]
 MOST_POSITIONS = (1 << 63) - 1
 # PERF: rows of 2048 positions take 40 us at once in C (1.2 ms in numpy), those of 16 some 10 us.
 _ROWS_AT_ONCE = 2048
+# Each job says anew which rows come soon: a cache smaller than the data may have dropped their shards.
+# An order that needs more than so many rows to say it goes everywhere: what it wants later would push
+# out of such a cache what it wants now, and be fetched twice. Then a job's own rows are all that is said.
+_MOST_AHEAD = 512
 _POSITIONS_AT_ONCE = 1 << 16  # of all ranks: no more than numbers to choose from
 
 
@@ -73,8 +77,11 @@ class Walk:
         at_once = min(_ROWS_AT_ONCE, order.num_rows)  # an epoch has keys of its own, which take time
         self._plan_batches = max(1, min(at_once * world, _POSITIONS_AT_ONCE) // batch_rows)
         self._left = np.empty(0, dtype=np.int64)
-        # Planned batches, one a line: positions of all ranks, own rows; those before `_used` are done.
-        self._positions = self._rows = np.empty((0, 0), dtype=np.int64)
+        # Planned batches: own rows, own positions, where all ranks' end; those before `_used` are done.
+        self._rows = np.empty((0, 0), dtype=np.int64)
+        self._samples: list[range] = []
+        self._ends: list[int] = []
+        self._soon = np.empty(0, dtype=np.int64)  # rows that tell what comes after the planned ones
         self._used = 0
 
     def __iter__(self) -> Iterator[Job]:
@@ -101,13 +108,11 @@ class Walk:
         if self._used == len(self._rows):
             self._plan()
         lines = slice(self._used, self._used + batches)
-        positions, rows = self._positions[lines], self._rows[lines]
-        self._used += len(rows)
-        size = rows.shape[1]
-        first = self._rank * size
-        spans = zip(positions[:, first].tolist(), positions[:, first + size - 1].tolist(), strict=True)
-        samples = [range(low, high + 1) for low, high in spans]
-        return Jobs(rows.reshape(-1), samples, (positions[:, -1] + 1).tolist())
+        jobs = Jobs(self._rows[lines].reshape(-1), self._samples[lines], self._ends[lines])
+        self._used += len(jobs.ends)
+        if self._ahead is not None:
+            self._ahead(np.concatenate([jobs.rows_N, self._soon]))
+        return jobs
 
     def _plan(self) -> None:
         """Turn the positions of some batches into rows."""
@@ -124,9 +129,13 @@ class Walk:
         positions = positions[: len(positions) - over].reshape(count, size * self._world)
         own = positions[:, self._rank * size : (self._rank + 1) * size]
         rows = self._order.rows(np.ascontiguousarray(own).reshape(-1)).reshape(count, size)
+        spans = zip(own[:, 0].tolist(), (own[:, -1] + 1).tolist(), strict=True)
+        self._samples = [range(first, end) for first, end in spans]
+        self._ends = (positions[:, -1] + 1).tolist()
         if self._ahead is not None:
-            self._ahead(self._order.ahead(low, 2 * (self._next - low)))
-        self._positions, self._rows, self._used = positions, rows, 0
+            soon = self._order.ahead(low, 2 * (self._next - low))
+            self._soon = soon if len(soon) <= _MOST_AHEAD else soon[:0]
+        self._rows, self._used = rows, 0
 
     def _next_positions(self, count: int) -> Int64Array:
         """Return the next `count` positions that are not skipped; fewer at the end."""

@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 # PERF: what a hand-over costs where the producer is the limit: about 60 microseconds an item.
 HANDOVER_S = 100e-6
+LONGEST_AWAY_S = 16 * HANDOVER_S  # that one pause counts as: forgotten four items later
 
 
 class Prefetcher(Generic[T]):
@@ -57,7 +58,7 @@ class Prefetcher(Generic[T]):
         with self._lock:
             if self._left_s is not None:
                 # Half of the newest and half of all before: follows a change within a few items.
-                self._away_s += (now - self._left_s - self._away_s) / 2
+                self._away_s += (min(now - self._left_s, LONGEST_AWAY_S) - self._away_s) / 2
             self._pays = min(self._away_s, self._make_s) >= HANDOVER_S
             while not (self._ready or self._error or self._closed) and (self._pays or self._making):
                 self._room.notify_all()  # the thread sleeps if it did not pay before

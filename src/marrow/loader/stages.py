@@ -14,12 +14,12 @@ over that line. It holds between threads and processes, since they share the mon
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 # `_enclosing_ledger` and `_stack`: a wait is split after it is over, which a span alone cannot do.
+import marrow.core.span as spans
 from marrow.core.span import Ledger, _enclosing_ledger, _stack
 
 QUEUE = "queue"
@@ -63,16 +63,29 @@ class Timeline:
 _local = threading.local()
 
 
-@contextmanager
-def recording(on_change: Callable[[str], None] | None = None) -> Iterator[Timeline]:
-    """Keep the stages that this thread goes through inside the block."""
-    before = getattr(_local, "timeline", None)
-    timeline = _local.timeline = Timeline(on_change)
-    try:
-        yield timeline
-    finally:
-        _local.timeline = before
-        timeline.enter(QUEUE)
+class recording:  # noqa: N801 - reads like `span`; a class because it is entered for each batch
+    """Keep the stages that this thread goes through inside the block, in a `Timeline`."""
+
+    __slots__ = ("_before", "_timeline")
+
+    def __init__(self, on_change: Callable[[str], None] | None = None) -> None:
+        self._timeline = Timeline(on_change)
+
+    def __enter__(self) -> Timeline:
+        self._before: Timeline | None = getattr(_local, "timeline", None)
+        _local.timeline = self._timeline
+        return self._timeline
+
+    def __exit__(self, *_: object) -> None:
+        _local.timeline = self._before
+        self._timeline.enter(QUEUE)
+
+
+def enter(name: str) -> None:
+    """Say what this thread does from now on, until it says something else or the recording ends."""
+    timeline: Timeline | None = getattr(_local, "timeline", None)
+    if timeline is not None:
+        timeline.enter(name)
 
 
 class stage:  # noqa: N801 - reads like `span`; a class because it is entered some times for each batch
@@ -128,6 +141,22 @@ def totals(marks: Sequence[Mark]) -> dict[str, float]:
         if name != QUEUE:
             parts[name] = parts.get(name, 0.0) + end_s - start_s
     return parts
+
+
+def account(marks: Sequence[Mark], start_s: float, end_s: float) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the wait [start_s, end_s) by stage, as `split`, and the work by stage, as `totals`.
+
+    PERF: a batch that was made within the wait, as without a thread, is looked through once.
+    """
+    worked = totals(marks)
+    if not marks or marks[0][0] < start_s or marks[-1][0] > end_s:
+        return split(marks, start_s, end_s), worked
+    return worked | {QUEUE: end_s - start_s - sum(worked.values())}, worked
+
+
+def is_watched() -> bool:
+    """Tell whether spans of this thread go anywhere: into a ledger or to the process's sink."""
+    return spans._sink is not None or _enclosing_ledger() is not None
 
 
 def charge(parts: Mapping[str, float]) -> None:

@@ -51,9 +51,19 @@ class Decoder(nn.Module):
             self.norm_C = nn.Parameter(torch.empty(config.hidden_size))
             if not config.tie_embeddings:
                 self.head_VC = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self.to_empty(device=device).to(dtype)
+        self.allocate(device, dtype)
         if torch.device(device).type != "meta":
             self.reset(seed)
+
+    def allocate(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+        """Give every weight new memory on `device`, not filled; in `dtype`, None keeps each one's own.
+
+        Not Module.to_empty: for weights on "meta" torch loads sympy to do the same, most of a second.
+        """
+        for module in list(self.modules()):
+            for name, weight in list(module.named_parameters(recurse=False)):
+                empty = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=device)
+                setattr(module, name, nn.Parameter(empty))
 
     @property
     def output_weight(self) -> Tensor:

@@ -62,7 +62,7 @@ def load(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") ->
     config = from_config(values)
     named = values.get("dtype") or values.get("torch_dtype")
     decoder = Decoder(config, dtype=dtype or DTYPES.get(str(named), torch.float32), device="meta")
-    decoder = decoder.to_empty(device=device)
+    decoder.allocate(device)
     if (folder / INDEX).exists():
         names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
         _fill(decoder, [folder / name for name in names])

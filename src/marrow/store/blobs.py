@@ -103,6 +103,10 @@ class Blobs:
             raise StoreError(f"{digest!r} does not name a blob", hint="a blob's name is 64 hex digits")
         return self._folder / digest[:2] / digest[2:4] / digest
 
+    def has(self, digest: str) -> bool:
+        """Tell whether a blob lies here, unread. Cost: one stat."""
+        return os.path.exists(f"{self._folder}/{digest[:2]}/{digest[2:4]}/{digest}")
+
     def quarantine(self, digest: str) -> Path | None:
         """Move a damaged blob aside, so that a rebuild can take its place.
 

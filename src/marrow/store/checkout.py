@@ -21,19 +21,11 @@ from marrow.core.records import Artifact
 from marrow.store.contents import Contents, need_room
 from marrow.store.dataset import entries_of, live_digests
 from marrow.store.durable import make_durable
-from marrow.store.folder_index import (
-    FINE_GRAIN_NS,
-    FolderIndex,
-    Seen,
-    Stamp,
-    is_settled,
-    now_ns,
-    stamp_of,
-    walk,
-)
-from marrow.store.intake import default_threads, in_order
+from marrow.store.folder_index import FolderIndex, Known, unsettled
+from marrow.store.folder_walk import FINE_GRAIN_NS, Stamp, is_settled, now_ns, stamp_of, walk
 from marrow.store.manifests import Entry, printable
 from marrow.store.store import Store
+from marrow.store.threads import default_threads, in_order
 
 SHOWN = 10
 
@@ -55,7 +47,7 @@ class _Plan:
 
     write: list[Entry]
     delete: list[str]
-    kept: dict[str, tuple[Stamp, str]]
+    kept: Known
     stamps: dict[str, Stamp]
 
 
@@ -84,12 +76,10 @@ def checkout(
         else:
             done = _create(store.contents, entries, folder, progress)
         index = FolderIndex.open(store.home, folder)
-        index.save(done[1])
+        packs = store.contents.packs
+        index.save(done[1], artifact.files, packs=set(packs.names()), is_packed=packs.has)
         index.stand_on(name, artifact.id)
     return done[0]
-
-
-Known = dict[str, tuple[Stamp, str]]
 
 
 def _create(
@@ -169,7 +159,7 @@ def _plan(store: Store, entries: list[Entry], folder: Path, index: FolderIndex, 
         digest = index.digest(seen) or hash_file(folder / seen.name)
         if entry is not None and digest == entry.sha256:
             del write[seen.name]
-            kept |= _if_settled(seen, digest)
+            kept[seen.name] = (_sure(seen.stamp), digest)
             continue
         stamps[seen.name] = seen.stamp
         if entry is None:
@@ -246,13 +236,13 @@ def _settled(folder: Path, digests: dict[str, str]) -> Known:
     time.sleep(1.2e-9 * FINE_GRAIN_NS)  # until a later change must show in their times
     known = {}
     for name, stamp in before.items():
-        if stamp_of((folder / name).lstat()) == stamp and is_settled(stamp, now_ns()):
-            known[name] = (stamp, digests[name])
+        is_still = stamp_of((folder / name).lstat()) == stamp
+        known[name] = (_sure(stamp) if is_still else unsettled(stamp), digests[name])
     return known
 
 
-def _if_settled(seen: Seen, digest: str) -> Known:
-    return {seen.name: (seen.stamp, digest)} if is_settled(seen.stamp, now_ns()) else {}
+def _sure(stamp: Stamp) -> Stamp:
+    return stamp if is_settled(stamp, now_ns()) else unsettled(stamp)
 
 
 def _heads(name: str) -> list[str]:

@@ -17,8 +17,9 @@ from marrow.core.errors import DamagedBlob, DiskFull, explain_os_errors
 from marrow.core.hashes import CHUNK_BYTES
 from marrow.store.blobs import Blobs, Freed
 from marrow.store.durable import make_durable
-from marrow.store.packs import MAX_MEMBER_BYTES, MAX_PACK_BYTES, Packs, PackWriter, total_bytes
+from marrow.store.packs import MAX_MEMBER_BYTES, MAX_PACK_BYTES, Member, Packs, PackWriter, total_bytes
 from marrow.store.staging import Staging
+from marrow.store.threads import default_threads, in_order
 
 TINY_PACK_BYTES = 1 << 20
 MAX_TINY_PACKS = 16
@@ -45,7 +46,7 @@ class Contents:
 
     def has(self, digest: str) -> bool:
         """Tell whether the bytes are here, unread. Packs count as of their last refresh."""
-        return self.packs.has(digest) or os.path.exists(self.blobs.place(digest))
+        return self.packs.has(digest) or self.blobs.has(digest)
 
     def read(self, digest: str) -> bytes:
         """Return verified bytes; meant for small ones. Raises: DamagedBlob."""
@@ -78,34 +79,32 @@ class Contents:
             target.unlink()
             raise DamagedBlob(f"blob {digest[:12]} is damaged at {place}", hint=_VERIFY)
 
-    def verify(self, tell: Callable[[int], None] = lambda _: None) -> Damage:
+    def verify(self, tell: Callable[[int], None] = lambda _: None, threads: int | None = None) -> Damage:
         """Hash every blob and pack member; set aside what is damaged, save what is good in its pack.
 
-        Args: tell: called with the bytes checked so far. Cost: reads everything, one thread.
+        Args: tell: called with the bytes checked so far. Cost: reads everything, in threads.
         """
         lost: set[str] = set()
         aside: list[str] = []
         checked = num_bytes = 0
-        for digest in list(self.blobs.digests()):
-            try:
-                path = self.blobs.path(digest, anew=True)
-                num_bytes += path.stat().st_size
-            except (DamagedBlob, FileNotFoundError):
-                if self.blobs.quarantine(digest) is not None:
-                    lost.add(digest)
-                    aside.append(digest)
+        threads = threads or default_threads()
+        for digest, size in in_order(self._blob_size, list(self.blobs.digests()), threads):
             checked += 1
+            if size is not None:
+                num_bytes += size
+            elif self.blobs.quarantine(digest) is not None:
+                lost.add(digest)
+                aside.append(digest)
             tell(num_bytes)
         aside += self.packs.refresh()
-        for name in list(self.packs.names()):
-            try:
-                good, bad = self.packs.check(name)
-            except (DamagedBlob, FileNotFoundError):
+        for name, found in in_order(self._pack_members, list(self.packs.names()), threads):
+            if found is None:
                 self.packs.quarantine(name)
                 aside.append(name)
                 continue
+            good, bad = found
             checked += len(good) + len(bad)
-            num_bytes += sum(member.num_bytes for member in good)
+            num_bytes += total_bytes(good)
             tell(num_bytes)
             if bad:
                 self._rewrite({name: {member.digest for member in good}})
@@ -114,6 +113,20 @@ class Contents:
                 lost.update(member.digest for member in bad)
         self.packs.refresh()
         return Damage(frozenset(d for d in lost if not self.has(d)), checked, num_bytes, tuple(aside))
+
+    def _blob_size(self, digest: str) -> tuple[str, int | None]:
+        """Return the size of a blob that is whole, else None."""
+        try:
+            return digest, self.blobs.path(digest, anew=True).stat().st_size
+        except (DamagedBlob, FileNotFoundError):
+            return digest, None
+
+    def _pack_members(self, name: str) -> tuple[str, tuple[list[Member], list[Member]] | None]:
+        """Return the good and the bad members of a pack, None if it is none."""
+        try:
+            return name, self.packs.check(name)
+        except (DamagedBlob, FileNotFoundError):
+            return name, None
 
     def collect(self, live: Set[str]) -> Freed:
         """Remove what nothing refers to. Packs mostly dead are written anew, many tiny ones as one.

@@ -108,6 +108,15 @@ def make_view(contents: Contents, artifact: Artifact, folder: Path, blobs: Path)
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def label(catalog: Catalog, artifact: Artifact, name: str = "") -> str:
+    """Return what people call a version: the newest "name@3" of that name, else any, else its id's start."""
+    names = catalog.names(artifact_id=artifact.id)
+    own = [named for named in names if named.name == name]
+    if own:
+        return str(own[-1])
+    return str(min(names, key=lambda n: (n.created_s, n.name))) if names else artifact.id[:12]
+
+
 def is_dataset(artifact: Artifact) -> bool:
     """Tell whether an artifact is a dataset version."""
     return artifact.kind == DATASET

@@ -3,55 +3,100 @@
 Like git's index: for each file its size, times and inode at the moment its bytes were hashed. All
 equal now: the bytes are the same and the hash is known. A file changed within the granularity of
 the file system's clock of being read could change once more and keep its times (git calls it
-racy); such a file is left out and read again next time. Only `ctime` counts here: the kernel
-sets it at every change, and no program can set it back.
+racy); such a file is noted with a stamp that no file has, and read again next time.
 
-The index is a cache: damaged, lost or written by another version, it costs one full read. What
-must not be lost with it (which version the folder stands on) is small and lies beside it.
+The index holds one version's files, all of them: `manifest` says which. So what differs from the
+index is what differs from that version, and nothing else need be looked at. Files are kept a
+folder at a time; a folder that did not change is compared as bytes.
+
+The index is a cache: damaged, lost or written by another version of Marrow, it costs one full read.
+What must not be lost with it (which version the folder stands on) is small and lies beside it.
 """
 
-import errno
 import hashlib
 import json
 import os
-import re
-import stat
-import time
-import unicodedata
+import struct
 from array import array
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import xxhash
 
-from marrow.core.errors import SourceError, explain_os_errors
+from marrow.core.errors import explain_os_errors
 from marrow.core.files import TEMPORARY, atomic_file
+from marrow.core.records import FileEntry
+from marrow.store.folder_walk import Listing, Seen, Stamp
+from marrow.store.manifests import Entry
 
-Links = Literal["refuse", "follow", "skip"]
+Known = dict[str, tuple[Stamp, str]]
+"""name -> stamp and SHA-256"""
 
-Stamp = tuple[int, int, int, int]
-"""size, mtime_ns, ctime_ns, inode"""
-
-FINE_GRAIN_NS = 50_000_000
-"""Kernel clocks tick every 1 to 10 ms; five ticks of the slowest."""
-COARSE_GRAIN_NS = 2_500_000_000
-"""FAT counts in two seconds, some network file systems in one."""
-
-_INT64 = (1 << 63) - 1
-_MAGIC = b"marrow-index 1\n"
-_SKIPPED = {".git", ".marrow"}
-_LEFTOVER = re.compile(re.escape(TEMPORARY) + r"\d+-[0-9a-f]{12}")
+UNSETTLED = -1  # in place of the inode: no file's
+_MAGIC = b"marrow-index 2\n"
+_HEAD = struct.Struct("<32sQ")  # manifest, number of packs
+_BLOCK = struct.Struct("<QQQ")  # files, bytes of the folder's name, bytes of the names
+_PER_FILE = 32 + 32 + 1  # stamp, hash, is it in a pack
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """A file of the folder as it is now."""
+class Block:
+    """The files of one folder: names joined by NUL, 32 bytes of stamp and of hash each, 1 if packed."""
 
-    name: str
-    stamp: Stamp
+    names: bytes
+    stamps: bytes
+    digests: bytes
+    packed: bytes
+
+    def files(self) -> Iterator[tuple[str, Stamp, str]]:
+        """Yield names, stamps and hashes."""
+        numbers = array("q")
+        numbers.frombytes(self.stamps)
+        stamps: Any = zip(*[iter(numbers)] * 4, strict=True)
+        text = self.digests.hex()
+        digests = (text[start : start + 64] for start in range(0, len(text), 64))
+        names = map(os.fsdecode, self.names.split(b"\0"))
+        return zip(names, stamps, digests, strict=True)
+
+    def sizes(self) -> "array[int]":
+        """Return the sizes of the files."""
+        numbers = array("q")
+        numbers.frombytes(self.stamps)
+        return numbers[0::4]
+
+    def packed_by_hash(self) -> dict[str, bool]:
+        """Return whether bytes lie in a pack, by their hash."""
+        return {d: p == 1 for (_, _, d), p in zip(self.files(), self.packed, strict=True)}
+
+    def asked(self, packed: bool) -> Iterator[str]:
+        """Yield the hashes whose bytes lie in no pack, with `packed` all hashes."""
+        if packed:
+            yield from (digest for _, _, digest in self.files())
+            return
+        at = self.packed.find(0)
+        while at >= 0:
+            yield self.digests[32 * at : 32 * at + 32].hex()
+            at = self.packed.find(0, at + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How a folder differs from its index.
+
+    read: files that are new, changed, or whose bytes the store has lost. before: what was known of
+    those, and of the files that are gone. same: the other files of the folders where anything differs.
+    """
+
+    read: list[Seen]
+    before: Known
+    same: Known
+
+    @property
+    def gone(self) -> set[str]:
+        """Names that the index has and the folder has not."""
+        return self.before.keys() - {seen.name for seen in self.read}
 
 
 @dataclass
@@ -59,8 +104,11 @@ class FolderIndex:
     """The known hashes of a folder's files, and the versions that it stands on, by name."""
 
     path: Path
-    known: dict[str, tuple[Stamp, str]] = field(default_factory=dict)
+    manifest: bytes = b""
+    packs: frozenset[str] = frozenset()
+    blocks: dict[str, Block] = field(default_factory=dict)
     bases: dict[str, list[str]] = field(default_factory=dict)
+    _known: Known | None = None
 
     @classmethod
     def open(cls, home: Path, folder: Path) -> "FolderIndex":
@@ -69,9 +117,9 @@ class FolderIndex:
         path = home / "indexes" / key
         index = cls(path)
         try:
-            index.known = _unpack(path.read_bytes())
-        except (FileNotFoundError, ValueError):
-            index.known = {}
+            index.manifest, index.packs, index.blocks = _unpack(path.read_bytes())
+        except (FileNotFoundError, ValueError, struct.error):
+            index.blocks = {}
         try:
             found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
             index.bases = {str(name): [str(i) for i in ids] for name, ids in found["bases"].items()}
@@ -79,15 +127,99 @@ class FolderIndex:
             index.bases = {}
         return index
 
+    @property
+    def known(self) -> Known:
+        """All files by name. Cost: about 2 us each, the first time."""
+        if self._known is None:
+            self._known = {
+                prefix + name: (stamp, digest)
+                for prefix, block in self.blocks.items()
+                for name, stamp, digest in block.files()
+            }
+        return self._known
+
+    @property
+    def num_files(self) -> int:
+        """How many files are known."""
+        return sum(len(block.packed) for block in self.blocks.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all files."""
+        return sum(sum(block.sizes()) for block in self.blocks.values())
+
+    def sizes(self) -> set[int]:
+        """Return the sizes that occur."""
+        return {size for block in self.blocks.values() for size in block.sizes()}
+
     def digest(self, seen: Seen) -> str | None:
         """Return the hash of a file that has not changed since it was read, else None."""
         known = self.known.get(seen.name)
         return known[1] if known is not None and known[0] == seen.stamp else None
 
-    def save(self, known: Mapping[str, tuple[Stamp, str]]) -> None:
-        """Replace what is known. Cost: about 100 bytes a file; not flushed to disk: it is a cache."""
-        self.known = dict(known)
-        self._replace(self.path, _pack(self.known))
+    def compare(self, listings: Iterable[Listing], has: Callable[[str], bool], packs: Set[str]) -> Difference:
+        """Find what differs from the index.
+
+        Args: has: whether the store has bytes of that hash. packs: those that it has; bytes in a
+            pack are asked for only if one that was there is gone.
+        Cost: a comparison of bytes for each folder that did not change.
+        """
+        ask_packed = not self.packs <= packs
+        read: list[Seen] = []
+        before: Known = {}
+        same: Known = {}
+        left = dict(self.blocks)
+        for listing in listings:
+            prefix = listing.prefix
+            block = left.pop(prefix, None)
+            lost = [] if block is None else _lost(block, has, ask_packed)
+            if block is not None and not lost and _is_as_it_was(block, listing):
+                continue
+            files = {} if block is None else {prefix + n: (s, d) for n, s, d in block.files()}
+            for seen in listing.seen():
+                known = files.get(seen.name)
+                if known is not None and known[0] == seen.stamp and known[1] not in lost:
+                    same[seen.name] = files.pop(seen.name)
+                else:
+                    read.append(seen)
+            before |= files
+        for prefix, block in left.items():
+            before |= {prefix + name: (stamp, digest) for name, stamp, digest in block.files()}
+        read.sort(key=lambda seen: seen.name)
+        return Difference(read, before, same)
+
+    def save(
+        self,
+        known: Mapping[str, tuple[Stamp, str]],
+        files: Iterable[FileEntry] = (),
+        *,
+        listings: Iterable[Listing] | None = None,
+        packs: Set[str] = frozenset(),
+        is_packed: Callable[[str], bool] = lambda digest: False,
+    ) -> None:
+        """Replace what is known. Not flushed to disk: it is a cache. Cost: about 80 bytes a file.
+
+        Args: known: the files that are as they were when they were hashed. files: the manifest of
+            the version that they make. listings: the folders as they are; one none of whose files is in
+            `known` keeps what is known of it. packs: those that the store has; is_packed: whether
+            bytes lie in one of them.
+        """
+        touched = {name[: name.rfind("/") + 1] for name in known}
+        blocks = {}
+        for listing in _listings_of(known) if listings is None else listings:
+            prefix = listing.prefix
+            before = self.blocks.get(prefix)
+            if prefix not in touched and before is not None:
+                blocks[prefix] = before
+                continue
+            found = [(name, known.get(prefix + name)) for name in listing.names]
+            pairs = [(name, file) for name, file in found if file is not None]
+            if pairs:
+                sure = before.packed_by_hash() if before is not None and self.packs <= packs else {}
+                blocks[prefix] = _block(pairs, is_packed, sure)
+        self.blocks, self._known = blocks, None
+        self.manifest, self.packs = manifest_check(files), frozenset(packs)
+        self._replace(self.path, _pack(self.manifest, self.packs, blocks))
 
     def stand_on(self, name: str, *artifact_ids: str) -> None:
         """Note the version of a name that the folder stands on.
@@ -126,146 +258,82 @@ class FolderIndex:
                 temporary.unlink(missing_ok=True)
 
 
-def is_settled(stamp: Stamp, read_ns: int) -> bool:
-    """Tell whether a file read at that time could not have changed since and kept its times."""
-    ctime_ns = stamp[2]
-    grain = FINE_GRAIN_NS if ctime_ns % 1_000_000 else COARSE_GRAIN_NS
-    return read_ns - ctime_ns > grain
+def manifest_check(files: Iterable[FileEntry]) -> bytes:
+    """Return 32 bytes that stand for a manifest; equal ones: the same files."""
+    return hashlib.sha256("".join(file.sha256 for file in files).encode()).digest()
 
 
-def stamp_of(status: os.stat_result) -> Stamp:
-    """Return what tells a changed file from an unchanged one."""
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino & _INT64
+def known_entries(known: Known) -> list[Entry]:
+    """Return files as a manifest has them."""
+    return [Entry(name, digest, stamp[0]) for name, (stamp, digest) in known.items()]
 
 
-def walk(folder: Path, *, links: Links = "refuse", avoid: Path | None = None) -> list[Seen]:
-    """List the files of a folder, sorted by name; one stat each, no byte read.
-
-    `.git`, the store itself (`avoid`) and leftovers of killed checkouts are passed over. Empty
-    folders are not kept.
-    Args: links: "refuse" symbolic links, "follow" them to the bytes they point to, "skip" them.
-    Raises: SourceError for links that are refused, sockets and devices, names too long, two names
-        that differ only in Unicode's normal form; NotPermitted.
-    """
-    found: list[Seen] = []
-    with explain_os_errors("read the folder", folder):
-        avoided = _identity(avoid)
-        for name, status in _files_below(str(folder), links, avoided):
-            found.append(Seen(name, stamp_of(status)))
-    found.sort(key=lambda seen: seen.name)
-    _check_names(found)
-    return found
+def unsettled(stamp: Stamp) -> Stamp:
+    """Return a stamp of that size which no file has."""
+    return stamp[0], 0, 0, UNSETTLED
 
 
-def _files_below(
-    root: str, links: Links, avoided: tuple[int, int] | None
-) -> Iterator[tuple[str, os.stat_result]]:
-    waiting = [("", root)]
-    loops: set[tuple[int, int]] = set()
-    while waiting:
-        prefix, place = waiting.pop()
-        with _explain_long_paths(place), os.scandir(place) as entries:
-            for entry in entries:
-                status = entry.stat(follow_symlinks=False)
-                name = f"{prefix}{entry.name}"
-                if stat.S_ISLNK(status.st_mode):
-                    if links == "skip":
-                        continue
-                    status = _followed(entry, name, links)
-                if stat.S_ISREG(status.st_mode):
-                    if not entry.name.startswith(TEMPORARY) or not _LEFTOVER.fullmatch(entry.name):
-                        yield name, status
-                elif stat.S_ISDIR(status.st_mode):
-                    identity = status.st_dev, status.st_ino
-                    if entry.name in _SKIPPED or identity == avoided or _LEFTOVER.fullmatch(entry.name):
-                        continue
-                    if links == "follow":
-                        if identity in loops:
-                            continue  # a link to a folder above, or a second one to the same folder
-                        loops.add(identity)
-                    waiting.append((f"{name}/", entry.path))
-                else:
-                    raise SourceError(
-                        f"{name!r} is no file, folder or link", hint="move it out of the folder"
-                    )
+def _listings_of(known: Mapping[str, tuple[Stamp, str]]) -> list[Listing]:
+    """Return the folders of files that were not listed, each in the order of names."""
+    made: dict[str, Listing] = {}
+    for name, (stamp, _) in known.items():
+        head, slash, tail = name.rpartition("/")
+        listing = made.setdefault(head + slash, Listing(head + slash, [], array("q")))
+        listing.names.append(tail)
+        listing.stamps.extend(stamp)
+    return list(made.values())
 
 
-def _followed(entry: "os.DirEntry[str]", name: str, links: Links) -> os.stat_result:
-    if links == "refuse":
-        raise SourceError(
-            f"{name!r} is a symbolic link to {os.readlink(entry.path)!r}",
-            hint="--follow-links commits the bytes that it points to, or move it out of the folder",
-        )
-    try:
-        return entry.stat()
-    except OSError as error:
-        raise SourceError(
-            f"the symbolic link {name!r} leads nowhere: {error.strerror}", hint="mend or remove the link"
-        ) from error
+def _is_as_it_was(block: Block, listing: Listing) -> bool:
+    return block.stamps == listing.stamps.tobytes() and block.names == _joined(listing.names)
 
 
-@contextmanager
-def _explain_long_paths(place: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
-            raise
-        raise SourceError(
-            f"{place[:100]}... and below is a path too long to read: above {len(os.fsencode(place)):,} bytes",
-            hint="the system takes paths up to 4,096 bytes: give fewer or shorter folders",
-        ) from error
+def _lost(block: Block, has: Callable[[str], bool], ask_packed: bool) -> list[str]:
+    return [digest for digest in block.asked(ask_packed) if not has(digest)]
 
 
-def _check_names(found: list[Seen]) -> None:
-    normal: dict[str, str] = {}
-    for seen in found:
-        if not seen.name.isascii():
-            form = unicodedata.normalize("NFC", seen.name)
-            if other := normal.get(form):
-                raise SourceError(
-                    f"{other!a} and {seen.name!a} look the same and differ only in Unicode's normal form: "
-                    "on some systems one would overwrite the other",
-                    hint="rename one of them",
-                )
-            normal[form] = seen.name
+def _joined(names: Iterable[str]) -> bytes:
+    return os.fsencode("\0".join(names))
 
 
-def _identity(path: Path | None) -> tuple[int, int] | None:
-    if path is None:
-        return None
-    status = path.stat()
-    return status.st_dev, status.st_ino
-
-
-def _pack(known: Mapping[str, tuple[Stamp, str]]) -> bytes:
+def _block(
+    pairs: list[tuple[str, tuple[Stamp, str]]], is_packed: Callable[[str], bool], sure: Mapping[str, bool]
+) -> Block:
     numbers = array("q")
-    for stamp, _ in known.values():
+    for _, (stamp, _) in pairs:
         numbers.extend(stamp)
-    names = b"\0".join(os.fsencode(name) for name in known)
-    digests = bytes.fromhex("".join(digest for _, digest in known.values()))
-    body = len(known).to_bytes(8, "little") + numbers.tobytes() + digests + names
+    digests = [digest for _, (_, digest) in pairs]
+    packed = bytes(sure[digest] if digest in sure else is_packed(digest) for digest in digests)
+    return Block(_joined(n for n, _ in pairs), numbers.tobytes(), bytes.fromhex("".join(digests)), packed)
+
+
+def _pack(manifest: bytes, packs: Iterable[str], blocks: Mapping[str, Block]) -> bytes:
+    names = sorted(packs)
+    parts = [_HEAD.pack(manifest, len(names)), bytes.fromhex("".join(names))]
+    for prefix, block in blocks.items():
+        place = os.fsencode(prefix)
+        parts.append(_BLOCK.pack(len(block.packed), len(place), len(block.names)))
+        parts += [place, block.names, block.stamps, block.digests, block.packed]
+    body = b"".join(parts)
     return _MAGIC + xxhash.xxh3_128_digest(body) + body
 
 
-def _unpack(data: bytes) -> dict[str, tuple[Stamp, str]]:
-    body = data[len(_MAGIC) + 16 :]
-    if not data.startswith(_MAGIC) or xxhash.xxh3_128_digest(body) != data[len(_MAGIC) : len(_MAGIC) + 16]:
+def _unpack(data: bytes) -> tuple[bytes, frozenset[str], dict[str, Block]]:
+    at = len(_MAGIC) + 16
+    body = memoryview(data)[at:]
+    if not data.startswith(_MAGIC) or xxhash.xxh3_128_digest(body) != data[at - 16 : at]:
         raise ValueError("not an index, or damaged")
-    count = int.from_bytes(body[:8], "little")
-    if not count:
-        return {}
-    digests_at = 8 + 32 * count
-    names_at = digests_at + 32 * count
-    numbers = array("q")
-    numbers.frombytes(body[8:digests_at])
-    stamps: Any = zip(*[iter(numbers)] * 4, strict=True)
-    text = body[digests_at:names_at].hex()
-    digests = (text[start : start + 64] for start in range(0, len(text), 64))
-    names = map(os.fsdecode, body[names_at:].split(b"\0"))
-    return dict(zip(names, zip(stamps, digests, strict=True), strict=True))
-
-
-def now_ns() -> int:
-    """Return the time that file times are compared with."""
-    return time.time_ns()
+    manifest, num_packs = _HEAD.unpack_from(data, at)
+    at += _HEAD.size
+    packs = frozenset(data[at + 32 * n : at + 32 * n + 32].hex() for n in range(num_packs))
+    at += 32 * num_packs
+    blocks: dict[str, Block] = {}
+    while at < len(data):
+        count, *lengths = _BLOCK.unpack_from(data, at)
+        at += _BLOCK.size
+        parts = []
+        for length in (*lengths, 32 * count, 32 * count, count):
+            parts.append(data[at : at + length])
+            at += length
+        blocks[os.fsdecode(parts[0])] = Block(*parts[1:])
+    return manifest, packs, blocks

@@ -9,33 +9,29 @@ three times. The hash is always that of the bytes that were stored.
 import hashlib
 import os
 import stat
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Set
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from marrow.core.errors import NotPermitted, SourceError, explain_os_errors
 from marrow.core.hashes import CHUNK_BYTES
 from marrow.core.progress import Progress, silent
 from marrow.core.span import span
 from marrow.store.contents import Contents, Deposit, copy_and_hash
-from marrow.store.folder_index import FolderIndex, Seen, Stamp, is_settled, now_ns, stamp_of
+from marrow.store.folder_index import unsettled
+from marrow.store.folder_walk import Seen, Stamp, is_settled, now_ns, stamp_of
 from marrow.store.manifests import Entry
 from marrow.store.packs import MAX_MEMBER_BYTES
+from marrow.store.threads import default_threads, in_order
 
 BATCH_FILES = 64
 BATCH_BYTES = 4 << 20
 ATTEMPTS = 3
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What reading a folder gave: entries sorted by name, what the index may keep, what was read."""
+    """What reading files gave: entries sorted by name, what the index keeps, how much was read."""
 
     entries: list[Entry]
     known: dict[str, tuple[Stamp, str]]
@@ -57,8 +53,7 @@ class _Read:
 
 def take_in(
     folder: Path,
-    found: list[Seen],
-    index: FolderIndex,
+    changed: list[Seen],
     contents: Contents,
     deposit: Deposit,
     *,
@@ -66,7 +61,7 @@ def take_in(
     progress: Progress = silent,
     threads: int | None = None,
 ) -> Taken:
-    """Hash and store the files that the index does not know, or whose bytes the store has lost.
+    """Hash and store the files that changed.
 
     Args: sizes: of files that are probably known under another name: hashed before they are copied.
     Raises: SourceError (a file changed while it was read, or vanished), DiskFull, NotPermitted.
@@ -74,14 +69,6 @@ def take_in(
     """
     entries: list[Entry] = []
     known: dict[str, tuple[Stamp, str]] = {}
-    changed: list[Seen] = []
-    for seen in found:
-        digest = index.digest(seen)
-        if digest is not None and contents.has(digest):
-            entries.append(Entry(seen.name, digest, seen.stamp[0]))
-            known[seen.name] = (seen.stamp, digest)
-        else:
-            changed.append(seen)
     total = sum(seen.stamp[0] for seen in changed)
     done = 0
     with span("read and store"):
@@ -94,8 +81,8 @@ def take_in(
                     elif read.staged is not None:
                         deposit.add_file(read.digest, read.staged, read.stamp[0])
                 entries.append(Entry(read.name, read.digest, read.stamp[0]))
-                if read.is_settled:
-                    known[read.name] = (read.stamp, read.digest)
+                stamp = read.stamp if read.is_settled else unsettled(read.stamp)
+                known[read.name] = (stamp, read.digest)
                 done += read.stamp[0]
             progress(done, total, "bytes", {"files": f"{len(entries):,}"})
     entries.sort()
@@ -199,30 +186,3 @@ def _batches(changed: Iterable[Seen]) -> Iterator[list[Seen]]:
         size += seen.stamp[0]
     if batch:
         yield batch
-
-
-def in_order(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """Run a function over items in threads; yield results in the order of the items.
-
-    At most 2 x `threads` are in flight. The first error ends it; what runs is waited for.
-    """
-    if threads <= 1:
-        yield from map(function, items)
-        return
-    with ThreadPoolExecutor(threads, thread_name_prefix="marrow-store") as pool:
-        waiting: deque[Future[Result]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def default_threads() -> int:
-    """Return how many threads read and hash: a core each, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

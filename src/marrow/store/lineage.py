@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from marrow.core.records import Artifact
 from marrow.store.catalog import Catalog, Edge
+from marrow.store.refs import DATASET
 
 Direction = Literal["ancestors", "descendants"]
 
@@ -124,13 +125,14 @@ def to_dot(graph: Graph) -> str:
 
 def _node(graph: Graph, artifact_id: str) -> dict[str, Any]:
     artifact = graph.artifacts[artifact_id]
+    is_dataset = artifact.kind == DATASET  # whose own files are only its manifest
     return {
         "id": artifact.id,
         "kind": artifact.kind,
         "names": list(graph.names.get(artifact_id, ())),
         "created_s": artifact.created_s,
-        "num_files": len(artifact.files),
-        "num_bytes": artifact.num_bytes,
+        "num_files": artifact.facts["files"] if is_dataset else len(artifact.files),
+        "num_bytes": artifact.facts["bytes"] if is_dataset else artifact.num_bytes,
     }
 
 

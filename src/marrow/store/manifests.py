@@ -10,8 +10,9 @@ ranges but one with the version before, and comparing two versions reads only wh
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from marrow.core.errors import DamagedBlob
@@ -50,7 +51,7 @@ def encode(entries: Sequence[Entry]) -> Iterator[bytes]:
     lines: list[str] = []
     for name, sha256, num_bytes in entries:
         lines.append(f"{sha256} {num_bytes} {name if _is_plain(name) else json.dumps(name)}\n")
-        if zlib.crc32(os.fsencode(name)) & _CUT_MASK == 0:
+        if _is_cut(name):
             yield "".join(lines).encode()
             lines = []
     if lines:
@@ -72,6 +73,44 @@ def decode(data: bytes) -> list[Entry]:
     except ValueError as error:
         raise DamagedBlob(f"a manifest cannot be read: {error}", hint="was it written by Marrow?") from error
     return entries
+
+
+def splice(
+    num_ranges: int, read: Callable[[int], bytes], changes: Mapping[str, Entry | None]
+) -> list[int | bytes]:
+    """Change some files of a manifest; give the ranges of the new one: old ones by number, or their bytes.
+
+    Args: read: gives the old ranges, in the order of names. changes: what a name has now, None
+        if it is gone. Equal to encoding all files anew.
+    Cost: reads and writes the ranges of the changed names, and log2(num_ranges) more to find each.
+    """
+    cached = cache(read)
+    by_range: dict[int, dict[str, Entry | None]] = {}
+    for name, entry in changes.items():
+        low, high = 0, max(0, num_ranges - 1)  # a name behind all others belongs to the last range
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if _last_name(cached(middle)) < name else (low, middle)
+        by_range.setdefault(low, {})[name] = entry
+    made: list[int | bytes] = []
+    carried: list[Entry] = []  # of a range whose cut is gone: they go on into the next
+    for number in range(max(1, num_ranges)):
+        if number not in by_range and not carried:
+            made += [number][:num_ranges]
+            continue
+        files = {entry.name: entry for entry in (decode(cached(number)) if number < num_ranges else ())}
+        for name, changed in by_range.get(number, {}).items():
+            if changed is None:
+                files.pop(name, None)
+            else:
+                files[name] = changed
+        entries = carried + sorted(files.values())
+        pieces = list(encode(entries))
+        carried = []
+        if pieces and number < num_ranges - 1 and not _is_cut(entries[-1].name):
+            carried = decode(pieces.pop())
+        made += pieces
+    return made
 
 
 def compare(old: Iterable[Entry], new: Iterable[Entry]) -> list[Change]:
@@ -107,6 +146,14 @@ def _is_safe(name: str) -> bool:
         return name != "" and name[-1] != "/"  # nearly all names end here
     parts = name.split("/")
     return "\0" not in name and not any(part in ("", ".", "..", ".git") for part in parts)
+
+
+def _is_cut(name: str) -> bool:
+    return zlib.crc32(os.fsencode(name)) & _CUT_MASK == 0
+
+
+def _last_name(data: bytes) -> str:
+    return decode(data[data.rfind(b"\n", 0, -1) + 1 :])[0].name
 
 
 def _is_plain(name: str) -> bool:

@@ -1,39 +1,43 @@
 """Push and pull: dataset versions between this store and a URL, only what is missing.
 
-    blobs/ab/<sha256>             large files and manifests
-    packs/<name>.pack             small files, as in the store
-    versions/<id>.json            what a version is: parents, manifest, facts
-    names/<name>/00000003.json    which version a branch's third one is; written once, never again
-
 Bytes go first and are verified by their hash on arrival; versions follow, and the names that make
 them visible come last. Interrupted, either goes on where it was: what arrived is not sent again.
 A name's next version is written only if there is none yet, so two who push at once cannot both win.
 """
 
-import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marrow.core.errors import ArtifactNotFound, Conflict, DamagedBlob, StaleVersion
-from marrow.core.hashes import canonical_json, hash_file
+from marrow.core.errors import ArtifactNotFound, DamagedBlob, StaleVersion
+from marrow.core.hashes import hash_file
 from marrow.core.progress import Progress, silent
-from marrow.core.records import Artifact, FileEntry, Parent
+from marrow.core.records import Artifact
 from marrow.store.catalog import check_name
-from marrow.store.contents import Contents, Deposit, need_room
+from marrow.store.contents import Deposit, need_room
 from marrow.store.dataset import entries_of
-from marrow.store.intake import in_order
 from marrow.store.manifests import decode
 from marrow.store.merge import ancestors
-from marrow.store.packs import MAX_MEMBER_BYTES, MAX_PACK_BYTES, Member, PackWriter, parse_index
-from marrow.store.refs import DATASET, Kind
+from marrow.store.packs import MAX_MEMBER_BYTES, MAX_PACK_BYTES, Member, PackWriter
 from marrow.store.remote import Remote
-from marrow.store.store import Store, artifact_id
+from marrow.store.remote_dataset import (
+    THREADS,
+    Named,
+    blob_name,
+    check_prefix,
+    fetch_records,
+    members_at,
+    names_there,
+    pack_name,
+    series_at,
+    write_name,
+    write_record,
+)
+from marrow.store.store import Store
+from marrow.store.threads import in_order
 
-THREADS = 8
 BATCH_BYTES = 256 << 20
 """Bytes after which what arrived is made visible, so that a pull that is cut short keeps it."""
 MAX_GAP_BYTES = 16 << 10
@@ -47,16 +51,6 @@ class Transferred:
     versions: tuple[str, ...]
     num_files: int
     num_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Named:
-    """One version of a name at the remote."""
-
-    version: int
-    artifact_id: str
-    created_s: float
-    kind: Kind
 
 
 def push(store: Store, name: str, url: str, *, progress: Progress = silent) -> Transferred:
@@ -73,8 +67,8 @@ def push(store: Store, name: str, url: str, *, progress: Progress = silent) -> T
                 f"there is no dataset or branch {name!r}", hint="marrow data branch lists them"
             )
         series = store.catalog.names(name=name)
-        theirs = _series(remote, name)
-        _check_prefix(name, theirs, [(n.version, n.artifact_id) for n in series], url)
+        theirs = series_at(remote, name)
+        check_prefix(name, theirs, [(n.version, n.artifact_id) for n in series], url)
         records = _closure(store, (n.artifact_id for n in series))
         absent = store.refs.absent()
         ranges = {file.sha256: file.num_bytes for record in records for file in record.files}
@@ -86,9 +80,9 @@ def push(store: Store, name: str, url: str, *, progress: Progress = silent) -> T
         sender = _Sender(store, remote, progress)
         sender.send(needed, ranges)
         for record in records:
-            _write_record(remote, record, complete=record.id not in absent)
+            write_record(remote, record, complete=record.id not in absent)
         for named in series[len(theirs) :]:
-            _write_name(remote, _Named(named.version, named.artifact_id, named.created_s, ref.kind), name)
+            write_name(remote, Named(named.version, named.artifact_id, named.created_s, ref.kind), name)
     new = tuple(str(named) for named in series[len(theirs) :])
     return Transferred(new, sender.num_files, sender.num_bytes)
 
@@ -107,9 +101,9 @@ def pull(
     check_name(into)
     with Remote.open(url) as remote, store.no_collection():
         store.contents.packs.refresh()
-        theirs = _series(remote, name)
+        theirs = series_at(remote, name)
         if not theirs:
-            raise ArtifactNotFound(f"{url} has no dataset {name!r}", hint=_names_there(remote))
+            raise ArtifactNotFound(f"{url} has no dataset {name!r}", hint=names_there(remote))
         ours = store.catalog.names(name=into)
         ref = store.refs.get(into)
         ahead = len(ours) > len(theirs)
@@ -120,7 +114,7 @@ def pull(
                 f"{into!r} has other versions here than at {url}",
                 hint=f"pull it under another name (--as), then marrow data merge NAME {into}",
             )
-        records, complete = _fetch_records(store, remote, [n.artifact_id for n in theirs])
+        records, complete = fetch_records(remote, [n.artifact_id for n in theirs])
         wanted = [r for r in records if complete[r.id] and (not newest or r.id == theirs[-1].artifact_id)]
         receiver = _Receiver(store, remote, progress)
         receiver.receive_blobs({file.sha256: file.num_bytes for r in records for file in r.files})
@@ -161,15 +155,17 @@ class _Sender:
         jobs: list[tuple[str, Path]] = []
         for digest in sorted((needed.keys() - packed) | ranges.keys()):
             num_bytes = needed[digest] if digest in needed else ranges[digest]
-            if sizes.get(_blob(digest)) != num_bytes:
-                jobs.append((_blob(digest), contents.blobs.path(digest)))  # verified: damage must not travel
-        there = {member.digest for _, member in _remote_members(self.remote, contents)}
+            if sizes.get(blob_name(digest)) != num_bytes:
+                jobs.append(
+                    (blob_name(digest), contents.blobs.path(digest))
+                )  # verified: damage must not travel
+        there = {member.digest for _, member in members_at(self.remote, contents)}
         staged = list(self._packs(sorted(packed - there)))
         try:
             self._write_all(jobs + staged)
         finally:
             for name, path in staged:
-                if path != contents.packs.place(_pack_name(name)):
+                if path != contents.packs.place(pack_name(name)):
                     path.unlink(missing_ok=True)
 
     def _packs(self, missing: list[str]) -> Iterator[tuple[str, Path]]:
@@ -228,11 +224,11 @@ class _Receiver:
 
         def fetch(digest: str) -> tuple[str, Path, int]:
             staged = self.contents.staging.new()
-            num_bytes = self.remote.download(_blob(digest), staged)
+            num_bytes = self.remote.download(blob_name(digest), staged)
             if hash_file(staged) != digest:
                 staged.unlink()
                 raise DamagedBlob(
-                    f"{self.remote.url}/{_blob(digest)} is damaged: its bytes are not those of its name",
+                    f"{self.remote.url}/{blob_name(digest)} is damaged: its bytes are not those of its name",
                     hint="push the version again from a store that has it, after deleting that file",
                 )
             return digest, staged, num_bytes
@@ -252,7 +248,7 @@ class _Receiver:
     def _receive_packed(self, wanted: set[str]) -> None:
         by_pack: dict[str, list[Member]] = {}
         seen: set[str] = set()
-        for pack, member in _remote_members(self.remote, self.contents):
+        for pack, member in members_at(self.remote, self.contents):
             if member.digest in wanted and member.digest not in seen:
                 seen.add(member.digest)
                 by_pack.setdefault(pack, []).append(member)
@@ -316,22 +312,6 @@ def _runs(members: list[Member]) -> Iterator[list[Member]]:
         yield run
 
 
-def _remote_members(remote: Remote, contents: Contents) -> Iterator[tuple[str, Member]]:
-    """Yield (pack, member) of all packs at the remote. A pack that this store has too is not asked."""
-    here = set(contents.packs.names())
-    packs = [(_pack_name(file.name), file.num_bytes) for file in remote.list("packs/")]
-
-    def members(pack: tuple[str, int]) -> tuple[str, list[Member]]:
-        name, size = pack
-        if name in here:
-            return name, contents.packs.members(name)
-        return name, parse_index(name, size, lambda s, n: remote.read(f"packs/{name}.pack", s, n))
-
-    for name, found in in_order(members, packs, THREADS):
-        for member in found:
-            yield name, member
-
-
 def _closure(store: Store, ids: Iterable[str]) -> list[Artifact]:
     """Return versions and all that they were made from, parents first."""
 
@@ -342,93 +322,5 @@ def _closure(store: Store, ids: Iterable[str]) -> list[Artifact]:
     return [store.get(artifact_id) for artifact_id in store.refs.datasets() if artifact_id in wanted]
 
 
-def _fetch_records(store: Store, remote: Remote, ids: list[str]) -> tuple[list[Artifact], dict[str, bool]]:
-    """Read versions and all that they were made from, parents first; and whose files the remote has."""
-    found: dict[str, Artifact] = {}
-    complete: dict[str, bool] = {}
-    waiting = list(ids)
-    while waiting:
-        artifact_id = waiting.pop()
-        if artifact_id not in found:
-            found[artifact_id], complete[artifact_id] = _read_record(remote, artifact_id)
-            waiting += [parent.artifact_id for parent in found[artifact_id].parents]
-    ordered: dict[str, Artifact] = {}
-
-    def parents(artifact_id: str) -> list[str]:
-        return [parent.artifact_id for parent in found[artifact_id].parents]
-
-    for artifact_id in sorted(found, key=lambda i: (len(ancestors(i, parents)), found[i].created_s, i)):
-        ordered[artifact_id] = found[artifact_id]
-    return list(ordered.values()), complete
-
-
-def _write_record(remote: Remote, record: Artifact, *, complete: bool) -> None:
-    data = canonical_json(dataclasses.asdict(record) | {"complete": complete}).encode()
-    name = f"versions/{record.id}.json"
-    if complete or not remote.exists(name):
-        remote.write(name, data)
-
-
-def _read_record(remote: Remote, wanted: str) -> tuple[Artifact, bool]:
-    where = f"{remote.url}/versions/{wanted}.json"
-    try:
-        data = json.loads(remote.read(f"versions/{wanted}.json"))
-        complete = bool(data.pop("complete"))
-        parents = tuple(Parent(**parent) for parent in data.pop("parents"))
-        files = tuple(FileEntry(**file) for file in data.pop("files"))
-        artifact = Artifact(parents=parents, files=files, **data)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamagedBlob(f"{where} cannot be read: {error}", hint="push the dataset again") from error
-    real = artifact_id(artifact.kind, artifact.key, parents, files)
-    if real != wanted or artifact.id != wanted or artifact.kind != DATASET:
-        raise DamagedBlob(f"{where} is not the version of its name", hint="push the dataset again")
-    return artifact, complete
-
-
-def _series(remote: Remote, name: str) -> list[_Named]:
-    found = []
-    for file in remote.list(f"names/{name}/"):
-        where = f"{remote.url}/{file.name}"
-        try:
-            found.append(_Named(**json.loads(remote.read(file.name))))
-        except (ValueError, TypeError) as error:
-            raise DamagedBlob(f"{where} cannot be read: {error}", hint="push the dataset again") from error
-    return sorted(found, key=lambda named: named.version)
-
-
-def _write_name(remote: Remote, named: _Named, name: str) -> None:
-    path = f"names/{name}/{named.version:08d}.json"
-    try:
-        remote.write(path, canonical_json(named).encode(), if_absent=True)
-    except Conflict as error:
-        there = _Named(**json.loads(remote.read(path)))
-        if there.artifact_id != named.artifact_id:
-            raise StaleVersion(
-                f"someone else pushed {name}@{named.version} meanwhile",
-                hint="pull it under another name (--as), merge, then push again",
-            ) from error
-
-
-def _check_prefix(name: str, theirs: list[_Named], ours: list[tuple[int, str]], url: str) -> None:
-    if [(n.version, n.artifact_id) for n in theirs] != ours[: len(theirs)]:
-        raise StaleVersion(
-            f"{url} has versions of {name!r} that this store has not",
-            hint=f"marrow data pull {name} {url} first; if both went on, pull --as another name and merge",
-        )
-
-
-def _names_there(remote: Remote) -> str:
-    names = sorted({file.name.split("/")[1] for file in remote.list("names/")})
-    return f"it has: {', '.join(names[:8])}" if names else "it has no datasets; is the address right?"
-
-
 def _is_here(store: Store, record: Artifact) -> bool:
     return all(store.contents.has(entry.sha256) for entry in entries_of(store.contents, record))
-
-
-def _blob(digest: str) -> str:
-    return f"blobs/{digest[:2]}/{digest}"
-
-
-def _pack_name(path: str) -> str:
-    return path.removeprefix("packs/").removesuffix(".pack")

@@ -51,8 +51,7 @@ static int64_t next_quote(Block *b, int64_t p) {
 
 static int is_end(uint8_t c) { return c == '\n' || c == '\r'; }
 
-/* The first delimiter or line end at or after p.
- * PERF: 16 bytes at a time scan a file of 13-byte fields 2.2x as fast as a byte at a time. */
+/* The first delimiter or line end at or after p; 16 bytes at a time where the CPU can. */
 static inline int64_t field_end(const uint8_t *data, int64_t size, int64_t p, uint8_t delimiter) {
 #if defined(__SSE2__)
     const __m128i d = _mm_set1_epi8((char)delimiter), lf = _mm_set1_epi8('\n'), cr = _mm_set1_epi8('\r');
