@@ -48,7 +48,7 @@ RUNS: dict[str, dict[str, Any]] = {  # name: settings of the loader
 
 
 def prepare(sample: dict[str, Any], position: int) -> dict[str, Any]:
-    """Turn a text into the numbers of its word pairs, in plain Python: 1 to 2 ms a sample."""
+    """Turn a text into the numbers of its word pairs, in plain Python: a millisecond or two a sample."""
     words = sample["text"].split()
     pairs = [hash_of(first + " " + second) for first, second in pairwise(words)]
     return {"id": sample["id"], "features": sorted(pairs)[:256]}
@@ -69,7 +69,7 @@ def write_rows(folder: Path) -> Path:
         return path
     draw = random.Random(0)
     vocabulary = ["".join(draw.choices("abcdefghij", k=draw.randint(3, 9))) for _ in range(5000)]
-    texts = [" ".join(draw.choices(vocabulary, k=1200)) for _ in range(ROWS)]
+    texts = [" ".join(draw.choices(vocabulary, k=800)) for _ in range(ROWS)]
     table = pa.table({"id": list(range(ROWS)), "text": texts, "num_bytes": [len(text) for text in texts]})
     pq.write_table(table, path, row_group_size=ROWS_OF_GROUP, compression="zstd")
     return path

@@ -31,7 +31,7 @@ WAIT = "data wait"  # parts "data wait: STAGE" are its own (loader/stages.py)
 # What to do when a part takes most of the time: the first word that the part's name holds counts.
 ADVICE = {
     "data wait: fetch": "shards come too slowly from where they are: raise "
-    "loader.cache_bytes, lower loader.window, write larger shards, or move them nearer",
+    "the cache's max_bytes, lower loader.window, write larger shards, or move them nearer",
     "data wait: verify": "checking bytes is the limit: it is done once for each shard and process; "
     "raise loader.prefetch to spread it",
     "data wait: decode": "decoding rows is the limit: raise loader.workers; for Parquet, shuffle in "
