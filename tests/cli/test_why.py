@@ -158,7 +158,7 @@ def starved(**waits: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("stage", "setting"),
     [
-        ("fetch", "loader.cache_bytes"),
+        ("fetch", "max_bytes"),
         ("verify", "loader.prefetch"),
         ("decode", "window"),
         ("transform", "loader.workers"),
