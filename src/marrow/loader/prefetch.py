@@ -6,8 +6,8 @@ thread; it never outlives its owner by more than the item it is making.
 
 Handing an item from thread to thread costs two switches of Python's lock. While the consumer comes
 back sooner than that (it does nothing else, as in a test of speed), or an item is made sooner, the
-thread has nothing to gain: the consumer then makes the items itself and the thread sleeps. So a
-prefetching loader is never slower than one that does not prefetch.
+thread has nothing to gain: the consumer then makes the items itself and the thread sleeps, so that
+prefetching costs next to nothing where it brings nothing.
 """
 
 import threading

@@ -5,9 +5,9 @@
     supply.counters()               # batches, seconds waited and worked by stage, workers restarted
 
 One idea: a batch is job(task), a function of the task alone, and batches come in the order of the
-tasks; so prefetch and workers change when the work is done, never what comes out. Nor do they make
-it slower: the thread sleeps while it does not pay (`prefetch.py`), and workers whose batches are
-less work than handing them over are let go, with a note in the counters. The wait for a batch is
+tasks; so prefetch and workers change when the work is done, never what comes out. Where they would
+cost more than they bring they step aside: the thread sleeps (`prefetch.py`), and workers whose
+batches are less work than handing them over are let go, with a note in the counters. The wait for a batch is
 charged to the ledger as "data wait: STAGE", by the stage that the batch was in meanwhile.
 """
 
