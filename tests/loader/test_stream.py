@@ -224,8 +224,11 @@ def test_two_processes_hammering_a_small_cache_keep_the_limit(origin: Origin, tm
     assert usage.pinned_bytes == usage.part_bytes == 0
     fetched = sum(each["misses"] for each in counters)
     asked = 2 * 4 * 25
+    requests = origin.proxy.count("GET")
+    # A process that closes lets go of what is still on its way ahead: a request, but nothing fetched.
+    assert len(files) <= fetched <= requests <= fetched + 2 * len(files)
     # Without a cache each read and each shard fetched ahead would be a request.
-    assert len(files) <= fetched == origin.proxy.count("GET") < asked / 2
+    assert requests < asked / 2
     assert sum(each["damaged"] for each in counters) == 0
 
 

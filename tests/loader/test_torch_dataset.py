@@ -68,6 +68,7 @@ def test_it_is_the_loaders_own_order(parquet: Path) -> None:
     assert ids(dataset(parquet, seed=3)) == expected
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize("samples", [False, True])
 @pytest.mark.parametrize("workers", [0, 1, pytest.param(3, marks=pytest.mark.slow)])
 def test_pytorchs_workers_change_nothing(parquet: Path, workers: int, samples: bool) -> None:
