@@ -125,9 +125,8 @@ def _wait_advice(waits: Mapping[str, float], whole: float, overlapped: Mapping[s
     work = max(waits[worst], float(overlapped.get(f"data: {stage}", {"seconds": 0.0})["seconds"]))
     if stage in ("decode", "transform", "collate") and stepping > 0.01 * whole:
         workers = math.ceil(work / stepping)
-        text += (
-            f"; {duration(work)} of it beside {duration(stepping)} of steps: {workers} workers would hide it"
-        )
+        hands = "1 worker" if workers == 1 else f"{workers} workers"
+        text += f"; {duration(work)} of it beside {duration(stepping)} of steps: {hands} would hide it"
     return text
 
 
