@@ -210,13 +210,21 @@ def _make_order(reader: Reader[Any], seed: int, window: int | None, order: MakeO
         if window is not None:
             raise UsageError("window and order are both given", hint="give the window to the order")
         return order(reader, seed)
+    return order_of(reader, seed, window)
+
+
+def order_of(reader: Reader[Any], seed: int, window: int | None) -> Order:
+    """Return the shuffled order of a reader's rows: all of them, or windows of its shards or row groups.
+
+    Raises: UsageError for a window of a source that has no parts.
+    """
     if window is None:
         return FullShuffle(reader.num_rows, seed)
     sizes = getattr(reader, "rows_of_shards", None)
     if sizes is None or window < 1:
         raise UsageError(
             f"window = {window} cannot be used with this source",
-            hint="it counts shards, from 1 on; a source without shards is shuffled as a whole",
+            hint="it counts shards or row groups, from 1 on; a source without them is shuffled as a whole",
         )
     return WindowShuffle(sizes, seed, window)
 

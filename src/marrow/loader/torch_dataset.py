@@ -29,10 +29,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 from marrow.core.errors import DataError, UsageError
 from marrow.loader.batch import LayRows
 from marrow.loader.litdata import LitdataReader
+from marrow.loader.loader import order_of
 from marrow.loader.making import Maker
 from marrow.loader.mds import MdsReader
 from marrow.loader.order import Job, Walk, merge
-from marrow.loader.plan import FullShuffle, Order, WindowShuffle
+from marrow.loader.plan import Order
 from marrow.loader.reader import Rows, ShardReader
 from marrow.loader.samples import Collate, OnError, Transform
 from marrow.loader.source import Reader
@@ -350,15 +351,7 @@ def _order_of(reader: Reader[Any], seed: int, window: int | None, shuffle: bool)
         if window is not None:
             raise UsageError("window without shuffle has no meaning", hint="leave one of them out")
         return InOrder(reader.num_rows)
-    if window is None:
-        return FullShuffle(reader.num_rows, seed)
-    sizes = getattr(reader, "rows_of_shards", None)
-    if sizes is None or window < 1:
-        raise UsageError(
-            f"window = {window} cannot be used with this source",
-            hint="it counts shards or row groups, from 1 on",
-        )
-    return WindowShuffle(sizes, seed, window)
+    return order_of(reader, seed, window)
 
 
 def _collate_of(
