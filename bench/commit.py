@@ -33,7 +33,7 @@ from pathlib import Path
 
 from marrow.store.store import Store
 from marrow.store.version import code_version
-from marrow.store.versions import Versions
+from marrow.store.versions.versions import Versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "bench" / "results" / "commit.json"

@@ -97,7 +97,7 @@ def marrow(source: Path, folder: Path) -> Callable[[], Answer]:
     import pyarrow.json
 
     from marrow.data.config import DedupRecipe
-    from marrow.data.dedup import find_duplicates
+    from marrow.data.dedup.duplicates import find_duplicates
     from marrow.kernels.minhash import shingle_sets
 
     pa.set_cpu_count(1)
@@ -139,7 +139,7 @@ def cpu_seconds() -> float:
 
 def make_corpus(count: int) -> list[str]:
     """Make texts, 4 in 10 of them copies of an earlier one, in random order."""
-    from marrow.data.stdlib import stdlib_files
+    from marrow.data.sources.stdlib import stdlib_files
 
     rng = random.Random(0)
     words: list[str] = []

@@ -28,10 +28,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from marrow.loader.formats.parquet import ParquetReader
 from marrow.loader.images import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from marrow.loader.loader import Loader
 from marrow.loader.samples import Collate
-from marrow.loader.tables import ParquetReader
 
 BATCH, SIZE = 16, 224
 SIZES = {"500x375": (500, 375), "2000x1500": (2000, 1500)}

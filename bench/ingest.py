@@ -34,7 +34,7 @@ import tokenizers
 
 from marrow.data.config import DataRecipe
 from marrow.data.ingest import ingest
-from marrow.data.stdlib import stdlib_files
+from marrow.data.sources.stdlib import stdlib_files
 from marrow.data.tables import stream
 from marrow.text.tokenizer import Tokenizer
 

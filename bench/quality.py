@@ -84,23 +84,23 @@ def write_table(path: Path, reference: Path, rows: int) -> None:
 def marrow(work: str, folder: Path) -> Answer:
     """Prepare Marrow's side."""
     if work == "gopher":
-        from marrow.data.filters import filled, filters_of
-        from marrow.data.quality import Rule, judge
+        from marrow.data.quality.filters import filled, filters_of
+        from marrow.data.quality.rules import Rule, judge
         from marrow.data.quality_config import QualityRecipe
 
         rules = [Rule(*one) for one in filters_of(filled(QualityRecipe(preset="gopher")))]
         texts = read(folder)
         return lambda: [judge(text, rules) is None for text in texts]
     if work == "pii":
-        from marrow.data.pii import find
+        from marrow.data.quality.pii import find
 
         texts = read(folder)
         return lambda: [sum(one.kind == "email" for one in find(text)) for text in texts]
     if work == "profile":
-        from marrow.data.profile import profile
+        from marrow.data.profile.columns import profile
 
         return lambda: {c.name: [c.nulls, c.minimum] for c in profile([folder / "t.parquet"]).columns}
-    from marrow.data.expectations import check_expectations
+    from marrow.data.quality.expectations import check_expectations
     from marrow.data.quality_config import Expectation
 
     expected = {

@@ -186,10 +186,10 @@ def marrow(way: str, cache_folder: Path, cache_bytes: int) -> Callable[[], int]:
     import torch
 
     from marrow.loader.batch import StackRows
-    from marrow.loader.cache import Cache
     from marrow.loader.loader import Loader
     from marrow.loader.reader import ShardReader
-    from marrow.loader.stream import CachedShards
+    from marrow.loader.streaming.cache import Cache
+    from marrow.loader.streaming.shards import CachedShards
     from marrow.store import objects  # noqa: F401 - the client, which is imported at first use
 
     torch.set_num_threads(1)

@@ -40,7 +40,7 @@ FOREIGN = "naïve café Привет мир 你好世界 œuvre façade größe 
 
 def texts_of(megabytes: float, *, prose: bool) -> list[str]:
     """Return documents of up to 60 lines, until the size is reached."""
-    from marrow.data.stdlib import stdlib_files
+    from marrow.data.sources.stdlib import stdlib_files
 
     texts: list[str] = []
     num_bytes = 0

@@ -27,10 +27,10 @@ import pyarrow.parquet as pq
 from marrow.core.span import Ledger, LedgerSummary, span
 from marrow.data.shards import train_tokenizer, write_shards
 from marrow.data.shards_config import ShardsRecipe
-from marrow.loader.cache import Cache
+from marrow.loader.formats.parquet import ParquetReader
 from marrow.loader.loader import Loader
 from marrow.loader.samples import Collate
-from marrow.loader.tables import ParquetReader
+from marrow.loader.streaming.cache import Cache
 from marrow.text.config import TokenizerRecipe
 
 ROWS, ROWS_OF_GROUP, BATCH_ROWS = 8192, 512, 16

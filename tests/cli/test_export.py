@@ -8,9 +8,9 @@ from click.testing import CliRunner
 
 from marrow.cli.export import command
 from marrow.core.errors import UsageError
-from marrow.loader.cache import Cache
 from marrow.loader.loader import Loader
-from marrow.store.remote import Remote
+from marrow.loader.streaming.cache import Cache
+from marrow.store.remote.client import Remote
 from marrow.store.store import Store
 
 

@@ -15,7 +15,7 @@ from marrow.cli.source_lineage import split_place, to_forget, trace_file
 from marrow.data.manifest import Manifest
 from marrow.loader.loader import Loader
 from marrow.store.store import Store
-from marrow.store.versions import Versions
+from marrow.store.versions.versions import Versions
 
 
 def by_kind(told: dict[str, Any]) -> dict[str, dict[str, Any]]:

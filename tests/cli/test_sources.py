@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from marrow.cli import data, main
+from marrow.cli import main
+from marrow.cli.data import group
 from marrow.cli.pipeline import Pipeline
 from marrow.cli.sources import PACKAGE, file_of, imports_of, source_files
 from marrow.core.hashes import hash_sources
@@ -112,13 +113,13 @@ def test_the_serve_step_depends_on_the_server_that_its_child_runs() -> None:
 
 
 def test_every_source_file_but_core_belongs_to_a_step_or_to_the_command_line() -> None:
-    verbs = [where.split(":")[0] for table in (main.VERBS, data.VERBS) for where, _ in table.values()]
+    verbs = [where.split(":")[0] for table in (main.VERBS, group.VERBS) for where, _ in table.values()]
     used = set().union(*map(closure, [*STEPS, *verbs]))
     layers = ("data", "loader", "models", "train", "text", "serve")
     rest = {
         path.relative_to(PACKAGE).as_posix()
         for layer in layers
-        for path in (PACKAGE / layer).glob("*.py")
+        for path in (PACKAGE / layer).rglob("*.py")
         if path.name != "__init__.py"
     }
     assert rest - used == DOORS

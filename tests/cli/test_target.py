@@ -8,7 +8,7 @@ from marrow.cli.target import find_artifact, find_model, find_version
 from marrow.core.errors import ArtifactNotFound, ModelError, StoreError
 from marrow.core.records import Artifact
 from marrow.store.store import Store
-from marrow.store.versions import Versions
+from marrow.store.versions.versions import Versions
 
 MODEL = {"config.json": "{}", "tokenizer.json": "{}", "model.safetensors": "weights"}
 

@@ -147,7 +147,7 @@ def test_json_holds_the_overview_then_every_step(
 
 
 def starved(**waits: float) -> dict[str, Any]:
-    """A ledger as `loader/supply.py` leaves it: 20 s of steps, and waits by stage."""
+    """A ledger as `loader/prefetch/supply.py` leaves it: 20 s of steps, and waits by stage."""
     parts = {f"data wait: {stage}": {"seconds": s, "count": 9} for stage, s in waits.items()}
     parts |= {"data wait": {"seconds": 0.01, "count": 9}, "step": {"seconds": 20.0, "count": 9}}
     whole = sum(part["seconds"] for part in parts.values())

@@ -16,7 +16,7 @@ from marrow.data.clean import DOCUMENT_SCHEMA, clean
 from marrow.data.config import DataRecipe, DedupRecipe
 from marrow.data.ingest import ingest
 from marrow.data.quality_config import QualityRecipe
-from marrow.data.stdlib import stdlib_folder
+from marrow.data.sources.stdlib import stdlib_folder
 
 WORDS = ["".join(letters) for letters in itertools.product("bdklmnrst", "aeiou", "bdklmnrst", "aeiou")]
 

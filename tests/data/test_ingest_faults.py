@@ -18,7 +18,7 @@ from marrow.core.errors import NotPermitted, SourceError
 from marrow.data.config import DataRecipe
 from marrow.data.engine import Threads
 from marrow.data.ingest import ingest
-from marrow.data.sources import find_files, fingerprint
+from marrow.data.sources.listing import find_files, fingerprint
 from marrow.data.tables import ParquetFile
 
 PEAK = (  # on Linux ru_maxrss begins with the peak of the process that started this one; VmHWM does not
@@ -183,7 +183,7 @@ def test_many_tiny_files_cost_little_time_and_memory_each(tmp_path):
 def test_a_list_of_files_takes_little_memory_each(tmp_path):
     import tracemalloc
 
-    from marrow.data.source_file import FileList
+    from marrow.data.sources.file import FileList
 
     tracemalloc.start()
     files = FileList((f"folder/{i:07}.csv", 10, "1790000000000000000") for i in range(100_000))

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from marrow.data import delimited
-from marrow.data.delimited import Tally, read_delimited
-from marrow.data.dialect import Dialect
-from marrow.data.source_file import SourceFile
-from marrow.data.streams import Broken
+from marrow.data.sources import delimited
+from marrow.data.sources.delimited import Tally, read_delimited
+from marrow.data.sources.dialect import Dialect
+from marrow.data.sources.file import SourceFile
+from marrow.data.sources.streams import Broken
 from marrow.kernels.scan_csv import MAX_RECORD_BYTES
 
 NAMES = ("a", "b")

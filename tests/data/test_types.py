@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from marrow.core.config import load_recipe
 from marrow.core.errors import RecipeError, SourceError
-from marrow.data.columns import as_asked, type_named
 from marrow.data.config import TYPE_ALIASES, TYPES, DataRecipe, settings_of
 from marrow.data.ingest import ingest
+from marrow.data.sources.columns import as_asked, type_named
 
 
 def quarantine(folder: Path) -> list[tuple[int, str]]:

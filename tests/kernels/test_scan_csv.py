@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from marrow.data.columns import NULLS, SchemaGrewError, parse
+from marrow.data.sources.columns import NULLS, SchemaGrewError, parse
 from marrow.kernels import scan_csv as module
 from marrow.kernels.scan_csv import Layout, Scan, cut_csv, cut_csv_reference, scan_csv, scan_csv_reference
 

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from marrow.core.errors import DataError, UsageError
+from marrow.loader.formats.parquet import ParquetReader
 from marrow.loader.images import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from marrow.loader.loader import Loader
 from marrow.loader.samples import Collate
-from marrow.loader.tables import ParquetReader
 
 
 def photo(width: int, height: int, kind: str = "JPEG", seed: int = 0, mode: str = "RGB") -> bytes:

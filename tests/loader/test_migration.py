@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from marrow.core.errors import DataError, SourceError
-from marrow.loader.litdata import LitdataReader
-from marrow.loader.mds import MdsReader
+from marrow.loader.formats.litdata import LitdataReader
+from marrow.loader.formats.mds import MdsReader
 from marrow.loader.source import Reader
 
 GOLDEN = Path(__file__).parent / "golden"

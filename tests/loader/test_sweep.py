@@ -7,12 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from marrow.loader.formats.mds import MdsReader
+from marrow.loader.formats.parquet import ParquetReader
 from marrow.loader.loader import Loader
-from marrow.loader.mds import MdsReader
 from marrow.loader.reader import ShardReader
 from marrow.loader.samples import Collate
 from marrow.loader.sweep import Measured, Setting, made_up, page, recommend, resized, settings_of, sweep
-from marrow.loader.tables import ParquetReader
 
 
 def measured(workers: int, prefetch: int, busy: float, step_s: float = 0.01) -> Measured:

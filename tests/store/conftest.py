@@ -297,7 +297,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def versions(store: Store) -> Any:
-    from marrow.store.versions import Versions
+    from marrow.store.versions.versions import Versions
 
     return Versions(store)
 
@@ -305,6 +305,6 @@ def versions(store: Store) -> Any:
 @pytest.fixture
 def wait_a_tick() -> Callable[[], None]:
     """Let the file system's clock move on, so that files written before are settled."""
-    from marrow.store.folder_walk import FINE_GRAIN_NS
+    from marrow.store.versions.folder_walk import FINE_GRAIN_NS
 
     return lambda: time.sleep(1.5e-9 * FINE_GRAIN_NS)

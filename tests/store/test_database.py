@@ -11,7 +11,7 @@ from marrow.core.errors import DiskFull, NotPermitted, StoreError, UsageError
 from marrow.store import tables
 from marrow.store.database import Database
 from marrow.store.store import Store
-from marrow.store.versions import Versions
+from marrow.store.versions.versions import Versions
 
 OPEN = """
 import sys

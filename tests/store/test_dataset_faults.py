@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from marrow.store.store import Store
-from marrow.store.versions import Versions
+from marrow.store.versions.versions import Versions
 
 DRIVER = Path(__file__).parents[1] / "support" / "dataset_faults.py"
 
@@ -81,8 +81,8 @@ MANY = """
 import resource, sys
 from pathlib import Path
 from marrow.store.store import Store
-from marrow.store.versions import Versions
-import marrow.store.version, marrow.store.transfer
+from marrow.store.versions.versions import Versions
+import marrow.store.version, marrow.store.versions.transfer
 with Store.open(Path(sys.argv[1])) as store:
     versions = Versions(store)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

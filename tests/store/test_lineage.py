@@ -12,7 +12,7 @@ from marrow.core.records import Artifact
 from marrow.store.catalog import Catalog
 from marrow.store.database import Database
 from marrow.store.lineage import to_data, to_dot, to_json, trace, tree
-from marrow.store.versions import Versions
+from marrow.store.versions.versions import Versions
 
 Make = Callable[..., Artifact]
 

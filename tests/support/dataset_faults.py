@@ -19,10 +19,10 @@ from pathlib import Path
 
 import marrow.store.version
 from marrow.core.errors import StoreError
-from marrow.store.checkout import checkout
 from marrow.store.store import Store
-from marrow.store.transfer import pull, push
-from marrow.store.versions import Versions
+from marrow.store.versions.checkout import checkout
+from marrow.store.versions.transfer import pull, push
+from marrow.store.versions.versions import Versions
 
 
 def change(folder: Path, dice: random.Random) -> None:

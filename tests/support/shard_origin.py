@@ -19,9 +19,9 @@ import xxhash
 from object_server import DIRECT, FaultProxy
 from range_server import RangeServer
 
-from marrow.loader.cache import Cache
-from marrow.loader.stream import CachedShards, ShardFile
-from marrow.store.retry import Retry
+from marrow.loader.streaming.cache import Cache
+from marrow.loader.streaming.shards import CachedShards, ShardFile
+from marrow.store.remote.retry import Retry
 
 QUICK = Retry(attempts=30, first_delay_s=0.002, max_delay_s=0.05, total_s=20.0, timeout_s=5.0)
 

@@ -166,7 +166,7 @@ def loader(
 def _rows_of(source: str | None, folder: Path, stack: ExitStack) -> str:
     """Return the path or URL that a source on the command line means; make rows up if there is none."""
     from marrow.cli.target import find_artifact
-    from marrow.store.remote import is_url
+    from marrow.store.remote.client import is_url
 
     if source is None:
         from marrow.loader.sweep import made_up
@@ -211,7 +211,7 @@ def _open_loader(
     from marrow.loader.samples import Collate
     from marrow.loader.sweep import resized
     from marrow.loader.torch_dataset import open_source
-    from marrow.store.remote import is_url
+    from marrow.store.remote.client import is_url
 
     options: dict[str, Any] = {
         "prefetch": setting.prefetch,
@@ -237,10 +237,10 @@ def _sizes(best: "Measured", where: str, window: int | None) -> "list[Setting]":
     """List the sizes of shards or row groups to try, around those that the source has."""
     from dataclasses import replace
 
+    from marrow.loader.formats.parquet import ParquetReader
     from marrow.loader.reader import ShardReader
-    from marrow.loader.tables import ParquetReader
     from marrow.loader.torch_dataset import open_source
-    from marrow.store.remote import is_url
+    from marrow.store.remote.client import is_url
 
     if is_url(where):
         return []

@@ -21,7 +21,7 @@ def command(target: str, place: str) -> None:
     To a URL, what is there already with the same bytes is not sent again, and the manifest comes
     last: the same command goes on after an interruption.
     """
-    from marrow.store.remote import is_url
+    from marrow.store.remote.client import is_url
 
     if is_url(place):
         _upload(target, place)
@@ -35,8 +35,8 @@ def command(target: str, place: str) -> None:
 
 
 def _upload(target: str, url: str) -> None:
-    from marrow.store.remote import Remote
-    from marrow.store.upload import upload
+    from marrow.store.remote.client import Remote
+    from marrow.store.remote.upload import upload
 
     with (
         find_artifact(target) as (store, artifact),

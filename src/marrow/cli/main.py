@@ -20,7 +20,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 VERBS = {  # verb: (module, what it does)
     "run": ("marrow.cli.run", "Run a recipe: raw rows in, a served and measured model out."),
-    "data": ("marrow.cli.data", "Version, compare, check and query datasets."),
+    "data": ("marrow.cli.data.group", "Version, compare, check and query datasets."),
     "serve": ("marrow.cli.serve", "Serve a model over HTTP (OpenAI API), with a page at /."),
     "complete": ("marrow.cli.complete", "Type a beginning and watch a model go on."),
     "chat": ("marrow.cli.chat", "Talk with a chat-tuned model."),

@@ -28,7 +28,7 @@ from marrow.core.span import span
 from marrow.data.config import PYTHON, DataRecipe, settings_of
 from marrow.data.engine import INLINE, Engine
 from marrow.data.shards_config import ShardsRecipe
-from marrow.data.sources import fingerprint
+from marrow.data.sources.listing import fingerprint
 from marrow.loader.config import LoaderRecipe
 from marrow.loader.config import settings_of as order_settings
 from marrow.models.config import ModelConfig

@@ -26,9 +26,9 @@ import numpy as np
 
 from marrow.core.hashes import hash_file
 from marrow.core.records import Artifact, Parent
-from marrow.store.dataset import entries_of
+from marrow.store.datasets.dataset import entries_of
+from marrow.store.datasets.refs import DATASET
 from marrow.store.lineage import Graph, trace
-from marrow.store.refs import DATASET
 from marrow.store.store import Store
 
 HOLDS, LEARNED, MEASURED, UNTOUCHED = "holds", "learned", "measured", "untouched"

@@ -10,7 +10,7 @@ from marrow.core.errors import ArtifactNotFound, ModelError
 from marrow.core.records import Artifact
 from marrow.data.config import PYTHON
 from marrow.store.store import Store
-from marrow.store.versions import Versions
+from marrow.store.versions.versions import Versions
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,15 +26,14 @@ from marrow.core.hashes import hash_value
 from marrow.core.progress import Progress, silent
 from marrow.core.span import span
 from marrow.data.config import DataRecipe, settings_of
-from marrow.data.dedup import Duplicates, find_duplicates
+from marrow.data.dedup.duplicates import Duplicates, find_duplicates
+from marrow.data.dedup.sketches import scratch
 from marrow.data.documents import DOCUMENT_SCHEMA as DOCUMENT_SCHEMA
 from marrow.data.documents import DOCUMENTS as DOCUMENTS
 from marrow.data.documents import DROPPED as DROPPED
 from marrow.data.documents import FINDINGS, NOTES
 from marrow.data.documents import ROWS as ROWS
 from marrow.data.engine import INLINE, Engine
-from marrow.data.expectations import EXPECTATIONS, check_expectations
-from marrow.data.pii import scrubber
 from marrow.data.prepare import (
     CANDIDATE_SCHEMA,
     MAX_SAMPLES,
@@ -46,7 +45,8 @@ from marrow.data.prepare import (
     road_of,
     write_samples,
 )
-from marrow.data.sketches import scratch
+from marrow.data.quality.expectations import EXPECTATIONS, check_expectations
+from marrow.data.quality.pii import scrubber
 from marrow.data.tables import ParquetFile, open_table, parts
 
 

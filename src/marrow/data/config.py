@@ -53,7 +53,7 @@ TYPE_ALIASES = {
 
 @dataclass(frozen=True, slots=True)
 class DedupRecipe:
-    """What happens to duplicates (`data/dedup.py`).
+    """What happens to duplicates (`data/dedup/duplicates.py`).
 
     exact: drop all but the first of equal texts. near: "drop" near-duplicates, "keep" them in one
     cluster (one side of the split), or "off": not looked for. similarity: Jaccard similarity of
@@ -67,7 +67,7 @@ class DedupRecipe:
 
 @dataclass(frozen=True, slots=True)
 class DecontaminateRecipe:
-    """Which documents go because an evaluation asks for what they say (`data/decontaminate.py`).
+    """Which documents go because an evaluation asks for what they say (`data/dedup/decontaminate.py`).
 
     against: files, folders or globs of evaluation texts; none by default. ngram: words in a row that
     must be shared, punctuation and capitals aside. min_matches: how many such n-grams of one

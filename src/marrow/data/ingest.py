@@ -22,16 +22,16 @@ import pyarrow.compute as pc
 from marrow.core.errors import SourceError, explain_os_errors
 from marrow.core.progress import Progress, silent
 from marrow.core.span import span
-from marrow.data.columns import SchemaGrewError, ask, join_schemas
 from marrow.data.config import PYTHON, DataRecipe
-from marrow.data.delimited import Records, Tally, check_share
 from marrow.data.engine import INLINE, Engine
-from marrow.data.formats import Chunk, read_file
-from marrow.data.pieces import Piece, pieces_of
-from marrow.data.source_file import SourceFile
-from marrow.data.sources import Found, find_sources
-from marrow.data.stdlib import SCHEMA, StdlibRow, read_stdlib, stdlib_files, stdlib_folder
-from marrow.data.streams import Broken
+from marrow.data.sources.columns import SchemaGrewError, ask, join_schemas
+from marrow.data.sources.delimited import Records, Tally, check_share
+from marrow.data.sources.file import SourceFile
+from marrow.data.sources.formats import Chunk, read_file
+from marrow.data.sources.listing import Found, find_sources
+from marrow.data.sources.pieces import Piece, pieces_of
+from marrow.data.sources.stdlib import SCHEMA, StdlibRow, read_stdlib, stdlib_files, stdlib_folder
+from marrow.data.sources.streams import Broken
 from marrow.data.tables import ParquetFile, described
 from marrow.data.template import PROVENANCE
 

@@ -19,13 +19,13 @@ from marrow.core.errors import explain_os_errors
 from marrow.core.files import atomic_file
 from marrow.core.span import span
 from marrow.data.config import DataRecipe, DecontaminateRecipe
-from marrow.data.decontaminate import Evaluations
+from marrow.data.dedup.decontaminate import Evaluations
 from marrow.data.documents import ROWS
-from marrow.data.filters import filled
-from marrow.data.lines import trimmer
-from marrow.data.pii import Scrubbed, masked, scrubber
-from marrow.data.quality import Rule, judge, rules_of
-from marrow.data.stdlib import group_of
+from marrow.data.quality.filters import filled
+from marrow.data.quality.lines import trimmer
+from marrow.data.quality.pii import Scrubbed, masked, scrubber
+from marrow.data.quality.rules import Rule, judge, rules_of
+from marrow.data.sources.stdlib import group_of
 from marrow.data.tables import READ_ROWS, Place, open_table, parts
 from marrow.data.template import Template, as_texts, check_column, parse_template
 

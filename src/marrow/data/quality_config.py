@@ -40,7 +40,7 @@ STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What is expected of one column (`data/expectations.py`); each key is a check of its own.
+    """What is expected of one column (`data/quality/expectations.py`); each key is a check of its own.
 
     column: its name; empty: the name of the table, as in [data.expect.price]. type: a kind (text,
     integer, number, boolean, timestamp, date, binary, list, struct) or an Arrow type such as
@@ -103,7 +103,7 @@ class Expectation:
 
 @dataclass(frozen=True, slots=True)
 class LineRecipe:
-    """Rules that drop lines of a text and keep the rest (`data/lines.py`).
+    """Rules that drop lines of a text and keep the rest (`data/quality/lines.py`).
 
     min_words: fewer words, and the line goes. max_word_chars: a longer word, and it goes.
     terminal: a line must end in . ! ? " or ' and not in an ellipsis. containing: a line that holds
@@ -127,7 +127,7 @@ class LineRecipe:
 
 @dataclass(frozen=True, slots=True)
 class QualityRecipe:
-    """Thresholds of the quality rules (`data/quality.py`, `data/filters.py`).
+    """Thresholds of the quality rules (`data/quality/rules.py`, `data/quality/filters.py`).
 
     A share of 1 switches its rule off. preset: "gopher" or "c4" fill what is None with the limits
     of those data sets (`PRESETS`). min_word_chars, max_word_chars: of the mean word.
@@ -181,7 +181,7 @@ class QualityRecipe:
 
 @dataclass(frozen=True, slots=True)
 class PiiRecipe:
-    """What becomes of personal data and secrets in texts (`data/pii.py`), kind by kind.
+    """What becomes of personal data and secrets in texts (`data/quality/pii.py`), kind by kind.
 
     "replace" puts a placeholder such as [EMAIL] in its place, "drop" drops the document, "count"
     only counts. Only what has a fixed form or a checksum is looked for: no names, no addresses.

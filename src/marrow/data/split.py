@@ -19,8 +19,8 @@ import xxhash
 from marrow.core.errors import DataError
 from marrow.core.progress import Progress, silent
 from marrow.core.span import span
-from marrow.data.clusters import components
 from marrow.data.config import DataRecipe
+from marrow.data.dedup.clusters import components
 from marrow.data.documents import DOCUMENT_SCHEMA, DOCUMENTS
 from marrow.data.tables import ParquetFile, open_table, stream
 

@@ -6,7 +6,7 @@
             checkpoint(loader.state())  # the batches given out so far, not those read ahead
 
 `state()` is a few numbers; a loader made from it goes on with the very next row, on any number of
-ranks. The wait for a batch is charged to the stages that it was in (`loader/supply.py`).
+ranks. The wait for a batch is charged to the stages that it was in (`loader/prefetch/supply.py`).
 
     plan.py, mixture.py     position -> row         order.py    this rank's rows of each batch
     reader.py, batch.py     rows -> batch           supply.py   when that is done, and by whom
@@ -23,14 +23,14 @@ from typing_extensions import TypeVar  # of typing from 3.13 on, with a default
 from marrow.core.errors import DataError, UsageError
 from marrow.data.manifest import Manifest
 from marrow.loader.batch import Batch, LayRows
-from marrow.loader.cache import Cache
-from marrow.loader.making import GroupMaker
 from marrow.loader.order import MOST_POSITIONS, Jobs, Walk, merge
 from marrow.loader.plan import FullShuffle, Order, WindowShuffle
+from marrow.loader.prefetch.making import GroupMaker
+from marrow.loader.prefetch.supply import Supply
 from marrow.loader.reader import ShardReader
 from marrow.loader.source import Reader
 from marrow.loader.state import LoaderState as LoaderState
-from marrow.loader.supply import Supply
+from marrow.loader.streaming.cache import Cache
 
 B = TypeVar("B", default=Batch)
 MakeOrder = Callable[[Any, int], Order]
@@ -181,7 +181,9 @@ class Loader(Generic[B]):
 
 def _open(source: Source, cache: Cache | None) -> Reader[Any]:
     if isinstance(source, str) and "://" in source:
-        from marrow.loader.stream import CachedShards  # with an object-store client: local data needs none
+        from marrow.loader.streaming.shards import (
+            CachedShards,  # with an object-store client: local data needs none
+        )
 
         if cache is None:
             raise UsageError(

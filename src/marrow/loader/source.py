@@ -4,7 +4,7 @@
 
 A `Reader` knows rows by their number alone; it knows nothing of epochs, ranks or batches. A reader
 of shards gets their paths from a `Files`: a plain folder here (`LocalFiles`), a cache that fetches
-(`loader/stream.py`) where they are far.
+(`loader/streaming/shards.py`) where they are far.
 """
 
 from collections.abc import Sequence

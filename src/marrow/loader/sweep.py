@@ -25,9 +25,9 @@ from marrow.core.hashes import check_file
 from marrow.core.page import Page, Tile, prose, table, tiles
 from marrow.core.progress import Progress, silent
 from marrow.data.manifest import Manifest, ShardEntry
+from marrow.loader.formats.parquet import ParquetReader
 from marrow.loader.reader import ShardReader
 from marrow.loader.source import Reader
-from marrow.loader.tables import ParquetReader
 
 ENOUGH = 0.98  # of the time busy: the rest is noise of the clock
 _TIMER_SLACK_S = 200e-6  # of a sleep on an idle machine: some 100 us

@@ -28,17 +28,17 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from marrow.core.errors import DataError, UsageError
 from marrow.loader.batch import LayRows
-from marrow.loader.litdata import LitdataReader
+from marrow.loader.formats.litdata import LitdataReader
+from marrow.loader.formats.mds import MdsReader
+from marrow.loader.formats.parquet import ParquetReader
 from marrow.loader.loader import order_of
-from marrow.loader.making import Maker
-from marrow.loader.mds import MdsReader
 from marrow.loader.order import Job, Walk, merge
 from marrow.loader.plan import Order
+from marrow.loader.prefetch.making import Maker
+from marrow.loader.prefetch.supply import Supply
 from marrow.loader.reader import Rows, ShardReader
 from marrow.loader.samples import Collate, OnError, Transform
 from marrow.loader.source import Reader
-from marrow.loader.supply import Supply
-from marrow.loader.tables import ParquetReader
 
 Int64Array = NDArray[np.int64]
 State = dict[str, Any]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from marrow.core.records import Artifact
 from marrow.store.catalog import Catalog, Edge
-from marrow.store.refs import DATASET
+from marrow.store.datasets.refs import DATASET
 
 Direction = Literal["ancestors", "descendants"]
 

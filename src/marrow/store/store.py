@@ -29,12 +29,12 @@ from marrow.core.hashes import canonical_json, hash_value
 from marrow.core.records import Artifact, FileEntry, Parent
 from marrow.store.blobs import Blobs, Freed
 from marrow.store.catalog import Catalog
-from marrow.store.contents import Contents
 from marrow.store.database import Database
-from marrow.store.dataset import entries_of, fill_folder, is_dataset, live_digests, make_view
+from marrow.store.datasets.contents import Contents
+from marrow.store.datasets.dataset import entries_of, fill_folder, is_dataset, live_digests, make_view
+from marrow.store.datasets.packs import Packs
+from marrow.store.datasets.refs import Refs
 from marrow.store.lock import FileLock, Say
-from marrow.store.packs import Packs
-from marrow.store.refs import Refs
 from marrow.store.runs import Runs
 from marrow.store.staging import Staging
 from marrow.store.version import code_version
