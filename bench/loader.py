@@ -43,6 +43,8 @@ def make_rows(folder: Path, rows: int, context: int, shard_rows: int) -> None:
 
     from marrow.core.hashes import check_file
     from marrow.data.manifest import Manifest, ShardEntry
+    from marrow.data.shards import packed_rows
+    from marrow.kernels.gather_rows import Columns
 
     rng = np.random.default_rng(0)
     out, stored = folder / "marrow", context + 1
@@ -58,16 +60,14 @@ def make_rows(folder: Path, rows: int, context: int, shard_rows: int) -> None:
             middle = stored // 2
             cuts = [rng.integers(2, middle - 1, count), rng.integers(middle, stored - 2, count)]
             starts = np.stack([np.zeros(count, dtype=np.int64), *cuts], axis=1).reshape(-1)
-            ends = pa.array(np.arange(0, 3 * count + 1, 3, dtype=np.int32))
-            columns = {
-                "tokens": pa.FixedSizeListArray.from_arrays(pa.array(tokens.reshape(-1)), stored),
-                "document_starts": pa.ListArray.from_arrays(ends, pa.array(starts.astype(np.int32))),
-                "document_ids": pa.ListArray.from_arrays(ends, pa.array(np.arange(3 * count) + 3 * low)),
-                "document_offsets": pa.ListArray.from_arrays(ends, pa.array(np.zeros(3 * count, np.int64))),
-                "num_tokens": pa.array(np.full(count, stored, dtype=np.int32)),
-            }
+            columns = Columns(
+                tokens=tokens,
+                starts=starts.astype(np.int32),
+                starts_of=np.arange(0, 3 * count + 1, 3, dtype=np.int32),
+                num_tokens=np.full(count, stored, dtype=np.int32),
+            )
             path = out / f"train-{low // shard_rows:05d}.arrow"
-            batch = pa.record_batch(columns)
+            batch = packed_rows(columns, np.arange(3 * count) + 3 * low, np.zeros(3 * count, np.int64))
             with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as arrow:
                 arrow.write_batch(batch)
             entries.append(ShardEntry(path.name, count, path.stat().st_size, check_file(path)))

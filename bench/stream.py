@@ -27,7 +27,6 @@ import argparse
 import importlib.machinery
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -61,6 +60,8 @@ def make_data(folder: Path, num_shards: int, shard_bytes: int) -> None:
 
     from marrow.core.hashes import check_file
     from marrow.data.manifest import Manifest, ShardEntry
+    from marrow.data.shards import packed_rows
+    from marrow.kernels.gather_rows import Columns
 
     each = shard_bytes // (STORED * 2)
     rng = np.random.default_rng(0)
@@ -70,17 +71,14 @@ def make_data(folder: Path, num_shards: int, shard_bytes: int) -> None:
     entries = []
     for index in range(num_shards):
         part = rows[index * each : (index + 1) * each]
-        starts = pa.array(np.arange(each + 1, dtype=np.int32))
-        zeros32, ids = np.zeros(each, np.int32), np.arange(each, dtype=np.int64) + index * each
-        batch = pa.record_batch(
-            {
-                "tokens": pa.FixedSizeListArray.from_arrays(pa.array(part.ravel()), STORED),
-                "document_starts": pa.ListArray.from_arrays(starts, pa.array(zeros32)),
-                "document_ids": pa.ListArray.from_arrays(starts, pa.array(ids)),
-                "document_offsets": pa.ListArray.from_arrays(starts, pa.array(np.zeros(each, np.int64))),
-                "num_tokens": pa.array(np.full(each, STORED, np.int32)),
-            }
+        columns = Columns(
+            tokens=part,
+            starts=np.zeros(each, np.int32),
+            starts_of=np.arange(each + 1, dtype=np.int32),
+            num_tokens=np.full(each, STORED, np.int32),
         )
+        ids = np.arange(each, dtype=np.int64) + index * each
+        batch = packed_rows(columns, ids, np.zeros(each, np.int64))
         path = out / f"train-{index:05d}.arrow"
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as arrow:
             arrow.write_batch(batch)
@@ -190,7 +188,7 @@ def marrow(way: str, cache_folder: Path, cache_bytes: int) -> Callable[[], int]:
     from marrow.loader.reader import ShardReader
     from marrow.loader.streaming.cache import Cache
     from marrow.loader.streaming.shards import CachedShards
-    from marrow.store import objects  # noqa: F401 - the client, which is imported at first use
+    from marrow.store.remote import objects  # noqa: F401 - the client, which is imported at first use
 
     torch.set_num_threads(1)
     cache = Cache(cache_folder, cache_bytes)
@@ -268,7 +266,8 @@ def measure(way: str, folder: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         if way in LOADERS:
             run_rows = loader_rows(way, Path(cache))
-            start_s, rows, until_s = time.perf_counter(), 0, 0.0
+            start_s, start_cpu_s = time.perf_counter(), time.process_time()
+            rows, until_s = 0, 0.0
             for count in run_rows():
                 rows += count
                 until_s = until_s or time.perf_counter() + PATIENCE_S  # from the first batch on
@@ -282,11 +281,10 @@ def measure(way: str, folder: Path) -> dict[str, float]:
                 if way in RAW
                 else marrow(way, Path(cache), CACHE_SHARDS * largest)
             )
-            start_s = time.perf_counter()
+            start_s, start_cpu_s = time.perf_counter(), time.process_time()
             num_bytes = run()
         wall_s = time.perf_counter() - start_s
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        result = {"mb_per_s": num_bytes / wall_s / 1e6, "cpu_s": usage.ru_utime + usage.ru_stime}
+        result = {"mb_per_s": num_bytes / wall_s / 1e6, "cpu_s": time.process_time() - start_cpu_s}
         print(json.dumps(result), flush=True)
         if way.startswith("mosaicml"):
             from streaming.base.util import clean_stale_shared_memory

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marrow.core import span as module
-from marrow.core.span import OTHER, Ledger, SpanRecord, set_sink, span
+from marrow.core.span import OTHER, Ledger, SpanRecord, charge, enclosing_ledger, is_watched, set_sink, span
 
 
 class Clock:
@@ -241,3 +241,34 @@ def test_a_span_costs_microseconds():
                 pass
         costs.append((time.thread_time() - start_s) / 1000)
     assert min(costs) < 40e-6
+
+
+def test_charging_keeps_the_ledgers_sum() -> None:
+    with Ledger("train") as ledger:
+        with span("data wait"):
+            time.sleep(0.02)
+            charge({"data wait: fetch": 0.015, "data wait: queue": 0.004})
+        time.sleep(0.005)
+    summary = ledger.summary()
+    assert summary.parts["data wait: fetch"].seconds == 0.015
+    assert 0 <= summary.parts["data wait"].seconds < 0.02
+    assert sum(part.seconds for part in summary.parts.values()) == pytest.approx(summary.wall_s, rel=1e-6)
+
+
+def test_outside_a_ledger_nothing_is_charged() -> None:
+    assert not is_watched()
+    with span("data wait"):
+        charge({"data wait: fetch": 1.0})
+    with Ledger("train") as ledger:
+        assert is_watched() and enclosing_ledger() is ledger
+    assert ledger.summary().parts.keys() == {"other"}
+    assert enclosing_ledger() is None
+
+
+def test_a_sink_watches_too() -> None:
+    set_sink(lambda record: None)
+    try:
+        assert is_watched() and enclosing_ledger() is None
+    finally:
+        set_sink(None)
+    assert not is_watched()

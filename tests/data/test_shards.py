@@ -125,6 +125,7 @@ def test_the_schema_is_the_documented_one(tmp_path: Path, tokenizer_folder: Path
         "document_ids": "list<item: int64>",
         "document_offsets": "list<item: int64>",
         "num_tokens": "int32",
+        "row_xxh64": "uint64",
     }
 
 

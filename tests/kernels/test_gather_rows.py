@@ -1,14 +1,18 @@
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from marrow.core.errors import DataError
 from marrow.kernels import gather_rows, native
-from marrow.kernels.gather_rows import Columns, RowTable, permute, permute_reference
+from marrow.kernels.gather_rows import Columns, RowTable, check_rows, permute, permute_reference
 
 KEYS = [0x9E3779B97F4A7C15 * (i + 1) % (1 << 64) for i in range(8)]
 
@@ -33,18 +37,29 @@ def make_columns(rng: np.random.Generator, rows: int, stored: int, kind: type) -
         )
         starts_of.append(len(starts))
         num_tokens.append(used)
-    return Columns(
+    columns = Columns(
         tokens=rng.integers(0, np.iinfo(kind).max, (rows, stored), dtype=kind, endpoint=True),
         starts=np.array(starts, dtype=np.int32),
         starts_of=np.array(starts_of, dtype=np.int32),
         num_tokens=np.array(num_tokens, dtype=np.int32),
     )
+    return with_checks(columns) if rng.integers(2) else columns
+
+
+def with_checks(columns: Columns) -> Columns:
+    return replace(
+        columns, checks=check_rows(columns), checked=np.zeros(len(columns.tokens), np.uint8), name="shard A"
+    )
+
+
+def no_shard(index: int) -> Columns:
+    raise AssertionError(f"shard {index} was put into the table, and is opened all the same")
 
 
 def two_tables(seed: int, sizes: list[int], stored: int) -> tuple[RowTable, RowTable]:
     """The same shards, alternately of two types, for C and for numpy."""
     rng = np.random.default_rng(seed)
-    fast, plain = RowTable(sizes, stored), RowTable(sizes, stored, use_native=False)
+    fast, plain = RowTable(sizes, stored, no_shard), RowTable(sizes, stored, no_shard, use_native=False)
     for index, rows in enumerate(sizes):
         columns = make_columns(rng, rows, stored, (np.uint16, np.uint32)[index % 2])
         fast.put(index, columns)
@@ -91,42 +106,110 @@ def test_nothing_is_written_beside_the_output() -> None:
 
 
 @pytest.mark.parametrize("use_native", [True, False])
-def test_what_is_missing_is_named(use_native: bool) -> None:
+def test_a_shard_is_opened_when_a_row_of_it_is_read(use_native: bool) -> None:
     rng = np.random.default_rng(0)
-    table = RowTable([3, 1, 4], 9, use_native=use_native)
-    assert table.missing(np.array([3, 0])) == 1
-    table.put(1, make_columns(rng, 1, 9, np.uint16))
-    assert table.missing(np.array([3, 0])) == 0
-    table.put(0, make_columns(rng, 3, 9, np.uint16))
-    assert table.missing(np.array([3, 0])) is None
-    assert table.num_open == 2
+    shards = [make_columns(rng, rows, 9, np.uint16) for rows in (3, 1, 4)]
+    opened: list[int] = []
+
+    def open_shard(index: int) -> Columns:
+        opened.append(index)
+        return shards[index]
+
+    table = RowTable([3, 1, 4], 9, open_shard, use_native=use_native)
+    stack(table, [])
+    assert opened == []
+    assert stack(table, [3, 0, 3]) == [shards[i].tokens[j].tolist() for i, j in ((1, 0), (0, 0), (1, 0))]
+    assert opened == [1, 0]
+    assert [table.is_open(index) for index in range(3)] == [True, True, False]
     table.drop(1)
-    assert (table.missing(np.array([0, 3])), table.num_open) == (1, 1)
-    assert table.missing(np.array([], dtype=np.int64)) is None
+    assert not table.is_open(1)
+    laid(table, np.array([3, 7]))
+    assert opened == [1, 0, 1, 2]
     for row in (8, -1, 1 << 62):
         with pytest.raises(IndexError, match=f"no row {row} of 8"):
-            table.missing(np.array([0, row]))
+            stack(table, [0, row])
+
+
+def stack(table: RowTable, rows: list[int]) -> list[list[int]]:
+    out = np.full((len(rows), table.stored), -7, dtype=np.int64)
+    table.stack(np.array(rows, dtype=np.int64), out)
+    found: list[list[int]] = out.tolist()
+    return found
 
 
 @pytest.mark.parametrize("use_native", [True, False])
 def test_a_copy_keeps_its_shards_when_the_original_closes_them(use_native: bool) -> None:
     rng = np.random.default_rng(0)
-    table = RowTable([3, 2], 9, use_native=use_native)
+    table = RowTable([3, 2], 9, no_shard, use_native=use_native)
     columns = make_columns(rng, 3, 9, np.uint16)
     table.put(0, columns)
     copied = table.copy()
     table.drop(0)
     copied.put(1, make_columns(rng, 2, 9, np.uint16))
-    assert (table.missing(np.array([0])), table.missing(np.array([3]))) == (0, 1)
-    assert copied.missing(np.arange(5)) is None
-    out = np.empty((3, 9), dtype=np.int64)
-    copied.stack(np.array([2, 0, 1]), out)
-    assert np.array_equal(out, columns.tokens[[2, 0, 1]])
+    assert [table.is_open(0), table.is_open(1)] == [False, False]
+    assert [copied.is_open(0), copied.is_open(1)] == [True, True]
+    assert stack(copied, [2, 0, 1]) == columns.tokens[[2, 0, 1]].tolist()
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    seed=st.integers(0, 10**6),
+    rows=st.integers(1, 5),
+    stored=st.one_of(st.integers(2, 80), st.sampled_from([128, 129, 1025])),
+    kind=st.sampled_from([np.uint16, np.uint32]),
+)
+def test_checks_of_c_are_xxh64(seed: int, rows: int, stored: int, kind: type) -> None:
+    """The library of its author is the oracle; every length modulo 32 comes."""
+    columns = make_columns(np.random.default_rng(seed), rows, stored, kind)
+    expected = []
+    for row in range(rows):
+        starts = columns.starts[columns.starts_of[row] : columns.starts_of[row + 1]]
+        seed = xxhash.xxh64_intdigest(starts.tobytes(), int(columns.num_tokens[row]))
+        expected.append(xxhash.xxh64_intdigest(columns.tokens[row].tobytes(), seed))
+    assert check_rows(columns).tolist() == expected
+
+
+@pytest.mark.parametrize("use_native", [True, False])
+@pytest.mark.parametrize("how", ["stack", "lay"])
+@pytest.mark.parametrize("part", ["tokens", "starts", "num_tokens", "checks"])
+def test_a_row_that_is_not_what_was_written_is_found(use_native: bool, how: str, part: str) -> None:
+    rng = np.random.default_rng(1)
+    columns = with_checks(make_columns(rng, 6, 33, np.uint16))
+    table = RowTable([6], 33, lambda _: columns, use_native=use_native)
+    read = partial(stack, table) if how == "stack" else lambda rows: laid(table, np.array(rows))
+    assert columns.checked is not None
+    read([0, 1])
+    assert columns.checked.tolist() == [1, 1, 0, 0, 0, 0]
+    place = int(columns.starts_of[3]) if part == "starts" else 3
+    array = getattr(columns, part)
+    array[(place, 32) if part == "tokens" else place] ^= 1
+    with pytest.raises(DataError, match=r"shard A is damaged: row 3: its XXH64 is \w{16}") as error:
+        read([0, 2, 3, 4])
+    assert "shards step" in error.value.hint
+    assert columns.checked[3] == 0
+    read([0, 2, 4])
+    with pytest.raises(DataError, match="row 3"):  # not only the first time
+        read([3])
+    array[(place, 32) if part == "tokens" else place] ^= 1
+    read([3, 5])
+    assert columns.checked.tolist() == [1] * 6
+
+
+@pytest.mark.parametrize("use_native", [True, False])
+@pytest.mark.parametrize("lie", [-1, 10**6, 2**31 - 1, -(2**31)])
+def test_offsets_that_lie_are_not_followed(use_native: bool, lie: int) -> None:
+    columns = with_checks(make_columns(np.random.default_rng(2), 4, 17, np.uint32))
+    columns.starts_of[2] = lie
+    table = RowTable([4], 17, lambda _: columns, use_native=use_native)
+    for row in (1, 2):
+        with pytest.raises(DataError, match=f"row {row}: its documents are said to begin at"):
+            stack(table, [row])
+    stack(table, [0, 3])
 
 
 def test_starts_that_lie_do_not_leave_their_row() -> None:
     """A file whose check is right can still be wrong: written by someone else."""
-    table = RowTable([1], 6)
+    table = RowTable([1], 6, no_shard)
     table.put(
         0,
         Columns(

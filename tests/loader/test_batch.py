@@ -41,8 +41,7 @@ def as_arrays(context: int, rows: list[list[int]], *, use_native: bool = True) -
         starts_of=np.cumsum([0, *map(len, rows)], dtype=np.int32),
         num_tokens=np.array([sum(lengths) for lengths in rows], dtype=np.int32),
     )
-    table = RowTable([len(rows)], context + 1, use_native=use_native)
-    table.put(0, columns)
+    table = RowTable([len(rows)], context + 1, lambda _: columns, use_native=use_native)
     return Rows(table, np.arange(len(rows)))
 
 

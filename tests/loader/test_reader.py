@@ -2,14 +2,13 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import xxhash
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from marrow.core.errors import DataError, SourceError
@@ -73,46 +72,109 @@ def test_a_row_tells_its_documents(shards: Path, table: list[dict[str, object]])
             )
 
 
-def test_a_shard_is_checked_once_a_process_and_only_when_wanted(
-    copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checked: list[str] = []
-    name_of = {check_file(path): path.name for path in copy.glob("*.arrow")}
+def read(reader: ShardReader, rows: Sequence[int]) -> list[list[int]]:
+    out = np.empty((len(rows), reader.manifest.context + 1), dtype=np.int64)
+    reader.take(np.array(rows)).stack(out)
+    found: list[list[int]] = out.tolist()
+    return found
 
-    def counting(data: Any) -> str:
-        found = xxhash.xxh3_128_hexdigest(data)
-        checked.append(name_of[found])
-        return found
 
+def spoil(path: Path, row: int) -> None:
+    """Change a token of a row of a shard, in the file as it is mapped elsewhere."""
+    data = path.read_bytes()
+    tokens = pa.ipc.open_file(data).get_batch(0).column("tokens")
+    at = data.index(tokens[row].values.to_numpy().tobytes()) + 6
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(bytes([data[at] ^ 1]))
+
+
+def test_a_row_is_checked_once_a_process_and_only_when_read(copy: Path) -> None:
+    path = copy / "train-00000.arrow"
     with ShardReader(copy) as reader:
-        names = [shard.name for shard in reader.manifest.shards]
-        every = np.arange(reader.num_rows)
-        assert len(reader.check) == 32
-        monkeypatch.setattr(reader_module, "xxh3_128_hexdigest", counting)
-        assert checked == []
-        for _ in range(3):
-            reader.take(np.array([0, 1]))
-        assert checked == names[:1]
-        reader.take(every)
-    with ShardReader(copy) as again:
-        again.take(every)
-    assert checked == names
+        before = read(reader, [0, 1])
+        at = path.stat().st_mtime_ns
+        spoil(path, 0)  # behind its back: row 0 is known to be right, row 2 is not looked at yet
+        spoil(path, 2)
+        os.utime(path, ns=(at, at))
+        assert read(reader, [1]) == before[1:]
+        assert read(reader, [0]) != before[:1]
+        with pytest.raises(DataError, match=r"train-00000\.arrow is damaged: row 2: its XXH64") as error:
+            read(reader, [3, 2])
+        assert "run the shards step again" in error.value.hint
+    with ShardReader(copy) as again:  # another loader of this process
+        assert read(again, [1]) == before[1:]
+        with pytest.raises(DataError, match="row 2"):
+            read(again, [2])
     reader_module.forget_verified()
-    with ShardReader(copy) as forgetful:
-        forgetful.take(every)
-    assert checked == names * 2
+    with ShardReader(copy) as forgetful, pytest.raises(DataError, match="row 0"):
+        read(forgetful, [0])
 
 
 def test_a_shard_that_changed_is_checked_again(copy: Path) -> None:
     with ShardReader(copy) as reader:
-        reader.take(np.arange(reader.num_rows))
+        every = range(reader.num_rows)
+        read(reader, every)
+    path = copy / "train-00001.arrow"
+    at = path.stat().st_mtime_ns
+    spoil(path, 1)
+    os.utime(path, ns=(at, at + 1))
+    with ShardReader(copy) as reader, pytest.raises(DataError, match=r"train-00001.*row 1: its XXH64"):
+        read(reader, every)
+
+
+def without_checks(folder: Path) -> None:
+    """Make the shards of a folder as they were before rows had checks."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for shard in manifest["shards"]:
+        path = folder / shard["name"]
+        batch = pa.ipc.open_file(path.read_bytes()).get_batch(0)
+        batch = batch.select([name for name in batch.schema.names if name != "row_xxh64"])
+        with pa.ipc.new_file(str(path), batch.schema) as file:
+            file.write_batch(batch)
+        shard["num_bytes"], shard["xxh3"] = path.stat().st_size, check_file(path)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_rows_without_checks_are_checked_by_the_shard(copy: Path, table: list[dict[str, object]]) -> None:
+    without_checks(copy)
+    with ShardReader(copy) as reader:
+        assert read(reader, range(len(table))) == [row["tokens"] for row in table]
     path = copy / "train-00001.arrow"
     data = bytearray(path.read_bytes())
     data[-300] ^= 1
     path.write_bytes(data)
     os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns + 1))
-    with ShardReader(copy) as reader, pytest.raises(DataError, match="its xxh3"):
-        reader.take(np.arange(reader.num_rows))
+    with ShardReader(copy) as reader:
+        read(reader, [0])
+        with pytest.raises(DataError, match=r"train-00001\.arrow is damaged: its xxh3"):
+            read(reader, range(len(table)))
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(where=st.one_of(st.integers(0, 1500), st.integers(-1500, -1), st.floats(0, 1)), bit=st.integers(0, 7))
+def test_whatever_bit_is_flipped_no_row_comes_out_wrong(
+    shards: Path, copy: Path, where: float, bit: int
+) -> None:
+    """Of the frame around the rows, of the rows, of their checks: found, or of no consequence."""
+    whole = (shards / "train-00001.arrow").read_bytes()
+    at = int(where * (len(whole) - 1)) if isinstance(where, float) else where % len(whole)
+    path = copy / "train-00001.arrow"
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+    with ShardReader(shards) as reader:
+        every = range(reader.num_rows)
+        expected = read(reader, every)
+    with ShardReader(copy) as reader:
+        found: list[list[int]] | str
+        try:
+            found = read(reader, every)
+        except DataError as error:
+            found = error.message
+        assert "train-00001.arrow is damaged" in found or found == expected
+        # The ids of documents have no check but the shard's, so that is looked at for them.
+        first = int(reader.rows_of_shards[0])
+        with pytest.raises(DataError, match=r"train-00001\.arrow is damaged"):
+            reader.documents(first)
 
 
 class CountingFiles(LocalFiles):
@@ -169,18 +231,6 @@ def copy(shards: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(shards, tmp_path / "shards"))
 
 
-def test_a_flipped_bit_is_found(copy: Path) -> None:
-    path = copy / "train-00001.arrow"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    with ShardReader(copy) as reader:
-        reader.take(np.array([0]))
-        with pytest.raises(DataError, match=r"train-00001\.arrow is damaged: its xxh3") as error:
-            reader.take(np.arange(reader.manifest.num_rows))
-    assert error.value.hint
-
-
 @pytest.mark.parametrize("keep", [0, 100, -1])
 def test_a_shard_cut_short_is_found_at_once(copy: Path, keep: int) -> None:
     path = copy / "train-00001.arrow"
@@ -199,8 +249,8 @@ def test_a_shard_of_another_context_is_found(copy: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["context"] += 1
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match="it holds"):
-        ShardReader(copy).take(np.array([0]))
+    with ShardReader(copy) as reader, pytest.raises(DataError, match="it holds"):
+        read(reader, [0])
 
 
 def test_no_shards_at_all(tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marrow.core.span import Ledger, span
-from marrow.loader.stages import QUEUE, STAGES, Mark, charge, count, recording, split, stage, totals
+from marrow.loader.stages import QUEUE, STAGES, Mark, count, recording, split, stage, totals
 
 times = st.floats(0, 100)
 lines = st.lists(st.tuples(times, st.sampled_from(STAGES)), max_size=12).map(sorted)
@@ -61,7 +60,11 @@ def test_an_inner_stage_stops_the_outer_ones_clock() -> None:
 
 def test_stages_without_a_recording_cost_nothing_and_do_nothing() -> None:
     with stage("decode"):
-        count("samples skipped")
+        count("samples skipped", "a note")
+    with recording() as timeline:
+        pass
+    assert [name for _, name in timeline.marks] == [QUEUE, QUEUE]
+    assert (timeline.counts, timeline.notes) == ({}, [])
 
 
 def test_a_recording_within_another_leaves_it_alone() -> None:
@@ -88,15 +91,3 @@ def test_a_timeline_travels_without_its_listener() -> None:
     copy = pickle.loads(pickle.dumps(timeline))
     assert (copy.marks, copy.counts, copy.notes) == (timeline.marks, timeline.counts, timeline.notes)
     assert heard == ["decode", QUEUE, QUEUE]
-
-
-def test_charging_keeps_the_ledgers_sum() -> None:
-    with Ledger("train") as ledger:
-        with span("data wait"):
-            time.sleep(0.02)
-            charge({"fetch": 0.015, "queue": 0.004})
-        time.sleep(0.005)
-    summary = ledger.summary()
-    assert summary.parts["data wait: fetch"].seconds == 0.015
-    assert 0 <= summary.parts["data wait"].seconds < 0.02
-    assert sum(part.seconds for part in summary.parts.values()) == pytest.approx(summary.wall_s, rel=1e-6)

@@ -32,10 +32,10 @@ WAIT = "data wait"  # parts "data wait: STAGE" are its own (loader/stages.py)
 ADVICE = {
     "data wait: fetch": "shards come too slowly from where they are: raise "
     "the cache's max_bytes, lower loader.window, write larger shards, or move them nearer",
-    "data wait: verify": "checking bytes is the limit: it is done once for each shard and process; "
+    "data wait: verify": "checking shards as a whole is the limit: it is done once for each and process; "
     "raise loader.prefetch to spread it",
-    "data wait: decode": "decoding rows is the limit: raise loader.workers; for Parquet, shuffle in "
-    "a window of row groups, or write smaller ones",
+    "data wait: decode": "reading rows is the limit: raise loader.workers, or put the data on a faster "
+    "disk; for Parquet, shuffle in a window of row groups, or write smaller ones",
     "data wait: transform": "the transform is the limit: raise loader.workers, or do its work once, "
     "before training",
     "data wait: collate": "putting batches together is the limit: raise loader.workers, or pad less",

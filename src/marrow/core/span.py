@@ -97,7 +97,7 @@ class Ledger:
         wall_s = now - self._start_s
         self._add(self._parts, OTHER, frame.exclusive_s)
         self._closed = LedgerSummary(self.name, wall_s, cpu_s, self._parts, self._overlapped)
-        outer = _enclosing_ledger()
+        outer = enclosing_ledger()
         if outer is not None:
             outer._add(outer._parts, self.name, wall_s)
 
@@ -128,7 +128,7 @@ def span(name: str, **attributes: Any) -> Iterator[None]:
 
     Cost: about 2 microseconds. Without a ledger and a sink it only costs that.
     """
-    frame = _Frame(name, _enclosing_ledger())
+    frame = _Frame(name, enclosing_ledger())
     start_s = _push(frame)
     try:
         yield
@@ -140,6 +140,32 @@ def span(name: str, **attributes: Any) -> Iterator[None]:
         if _sink is not None:
             thread = threading.current_thread().name
             _sink(SpanRecord(name, start_s, now - start_s, frame.exclusive_s, thread, attributes))
+
+
+def charge(parts: Mapping[str, float]) -> None:
+    """Move seconds of the span that is open on this thread to other parts of its ledger.
+
+    For a wait whose reason is known only when it is over. The ledger's sum stays the wall time: what
+    is moved is taken off the open span. Without a ledger nothing happens.
+    """
+    ledger = enclosing_ledger()
+    if ledger is None:
+        return
+    frame = _stack()[-1]
+    for name, seconds in parts.items():
+        frame.exclusive_s -= seconds
+        ledger._add(ledger._parts, name, seconds)
+
+
+def enclosing_ledger() -> Ledger | None:
+    """Return the ledger that this thread's spans are charged to, if there is one."""
+    stack = _stack()
+    return stack[-1].ledger if stack else None
+
+
+def is_watched() -> bool:
+    """Tell whether spans of this thread go anywhere: into a ledger or to the process's sink."""
+    return _sink is not None or enclosing_ledger() is not None
 
 
 def set_sink(sink: Callable[[SpanRecord], None] | None) -> None:
@@ -169,11 +195,6 @@ def _stack() -> list[_Frame]:
     except AttributeError:
         _local.stack = []
         return _local.stack  # type: ignore[no-any-return]
-
-
-def _enclosing_ledger() -> Ledger | None:
-    stack = _stack()
-    return stack[-1].ledger if stack else None
 
 
 def _push(frame: _Frame) -> float:

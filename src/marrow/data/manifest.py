@@ -6,6 +6,8 @@
         document_ids      list<int64>   whose piece it is: `document_id` in documents.parquet
         document_offsets  list<int64>   which of the document's tokens the piece begins with
         num_tokens        int32         tokens before the padding
+        row_xxh64         uint64        checks the row (`kernels.gather_rows.check_rows`), so that reading
+                                        a few rows from anywhere does not mean hashing the whole file
 
 A document is bos + tokens + eos. One longer than T is cut in pieces that overlap by one token:
 the last target of a piece is the first input of the next, so each token but bos is predicted

@@ -29,6 +29,7 @@ from marrow.data.manifest import Manifest, ShardEntry
 from marrow.data.packing import Row, pack
 from marrow.data.shards_config import ShardsRecipe
 from marrow.data.tables import open_table, parts, stream
+from marrow.kernels.gather_rows import Columns, check_rows
 from marrow.text.config import TokenizerRecipe
 from marrow.text.tokenizer import FILE_NAME as TOKENIZER_FILE
 from marrow.text.tokenizer import Tokenizer
@@ -293,17 +294,33 @@ class _ShardWriter:
             row_ends.append(len(starts))
             num_tokens.append(end)
         pieces = [piece for row in self._rows for piece in row]
-        ends = pa.array(row_ends, pa.int32())
-
-        def lists(values: list[int], kind: pa.DataType) -> pa.ListArray:
-            return pa.ListArray.from_arrays(ends, pa.array(values, kind))
-
-        return pa.record_batch(
-            {
-                "tokens": pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel()), self._row_tokens),
-                "document_starts": lists(starts, pa.int32()),
-                "document_ids": lists([piece.document_id for piece in pieces], pa.int64()),
-                "document_offsets": lists([piece.offset for piece in pieces], pa.int64()),
-                "num_tokens": pa.array(num_tokens, pa.int32()),
-            }
+        columns = Columns(
+            tokens=tokens,
+            starts=np.array(starts, dtype=np.int32),
+            starts_of=np.array(row_ends, dtype=np.int32),
+            num_tokens=np.array(num_tokens, dtype=np.int32),
         )
+        ids = np.array([piece.document_id for piece in pieces], dtype=np.int64)
+        return packed_rows(columns, ids, np.array([piece.offset for piece in pieces], dtype=np.int64))
+
+
+def packed_rows(
+    columns: Columns, document_ids: NDArray[np.int64], document_offsets: NDArray[np.int64]
+) -> pa.RecordBatch:
+    """Return rows as a shard holds them (see `manifest.py`), each with its check.
+
+    Args: document_ids, document_offsets: of each of `columns.starts`.
+    """
+    ends = pa.array(columns.starts_of)
+    return pa.record_batch(
+        {
+            "tokens": pa.FixedSizeListArray.from_arrays(
+                pa.array(columns.tokens.ravel()), columns.tokens.shape[1]
+            ),
+            "document_starts": pa.ListArray.from_arrays(ends, pa.array(columns.starts)),
+            "document_ids": pa.ListArray.from_arrays(ends, pa.array(document_ids)),
+            "document_offsets": pa.ListArray.from_arrays(ends, pa.array(document_offsets)),
+            "num_tokens": pa.array(columns.num_tokens),
+            "row_xxh64": pa.array(check_rows(columns)),
+        }
+    )

@@ -50,6 +50,8 @@ class Batch:
 class LayRows:
     """Lay packed rows end to end, in memory that is used again when a batch is gone."""
 
+    decodes = True  # rows are read, checked and laid in one pass
+
     def __init__(self) -> None:
         self._ring = Ring()
 
@@ -89,6 +91,8 @@ class LayRows:
 
 class StackRows:
     """Stack packed rows to tokens, int64 [B, T+1]: inputs are [:, :-1] of it, targets [:, 1:]."""
+
+    decodes = True
 
     def __init__(self) -> None:
         self._ring = Ring()

@@ -1,21 +1,22 @@
 """Reads packed rows from memory-mapped shards, without a copy until rows become a batch.
 
-A shard is mapped when a row of it is first wanted; its xxh3 is checked then, once for each
-process. What is wrong with the folder as a whole (a file that is missing or cut short) is found at
-the start, since that costs nothing. Several folders with one tokenizer and context are one array
+A shard is mapped when a row of it is first wanted, and each row is checked when it is first read,
+once for each process: a first batch of rows from anywhere does not wait for whole files to be
+hashed. Shards whose rows carry no checks are checked as a whole, by their xxh3, when they are mapped.
+What is wrong with the folder as a whole (a file that is missing or cut short) is found at the start,
+since that costs nothing. Several folders with one tokenizer and context are one array
 of rows, one folder after the other: what a mixture draws from.
 """
 
 import mmap
 import os
-import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -100,11 +101,13 @@ class ShardReader:
         self._entries = [entry for manifest in self.manifests for entry in manifest.shards]
         self._files = files or _local(self.folders, self.manifests)
         self.rows_of_shards = np.array([entry.num_rows for entry in self._entries], dtype=np.int64)
-        self._table = RowTable(self.rows_of_shards.tolist(), self.manifest.context + 1)
+        self._table = self._new_table()
         self._first_rows: list[int] = self._table.first_row.tolist()
         self._open: OrderedDict[int, _Shard] = OrderedDict()  # the one used longest ago first
         self._ahead: list[int] = []
         self.num_rows = int(self.rows_of_shards.sum())
+        # The shards are on this machine for good, so that nothing is fetched ahead.
+        self.is_local = self._files.max_open is None
 
     def __reduce__(self) -> tuple[Any, ...]:  # a worker process maps the files anew
         return ShardReader, (self.folders, self._given_files)
@@ -113,11 +116,6 @@ class ShardReader:
     def folder(self) -> Path:
         """Return the folder, the first of several."""
         return self.folders[0]
-
-    @property
-    def is_local(self) -> bool:
-        """Tell whether the shards are on this machine for good, so that nothing is fetched ahead."""
-        return self._files.max_open is None
 
     @cached_property
     def check(self) -> str:
@@ -136,7 +134,7 @@ class ShardReader:
     def close(self) -> None:
         """Let the mapped files go."""
         # A new table, not an emptied one: rows that are still held keep what they read from.
-        self._table = RowTable(self.rows_of_shards.tolist(), self.manifest.context + 1)
+        self._table = self._new_table()
         for index in list(self._open):
             self._drop(index)
         self._files.close()
@@ -145,16 +143,14 @@ class ShardReader:
         """Pick rows, in the order asked for.
 
         Args: rows_N: int64 [N], 0 <= row < num_rows.
-        Raises: DataError naming the shard if its bytes are not those that were written.
-        Cost: nanoseconds a row, once its shard is open; nothing is copied yet.
+        Raises, here or when the rows are read: DataError naming the shard if its bytes are not those
+            that were written; IndexError for a row out of range.
+        Cost: nothing is read yet, but for shards that have to be fetched.
         """
         rows_N = np.ascontiguousarray(rows_N, dtype=np.int64)
-        table = self._table
-        while (index := table.missing(rows_N)) is not None:
-            self._add(index)
-        if not self.is_local:
-            self._trim(rows_N)
-        return Rows(table, rows_N)
+        if self.is_local:
+            return Rows(self._table, rows_N)
+        return Rows(self._hold(rows_N), rows_N)
 
     def ahead(self, rows_N: Int64Array) -> None:
         """Tell the files which shards come soon."""
@@ -168,71 +164,87 @@ class ShardReader:
             self._files.ahead(soon)
 
     def documents(self, row: int) -> list[tuple[int, int, int, int]]:
-        """List a row's pieces as (document id, offset in the document, start, end in the row)."""
+        """List a row's pieces as (document id, offset in the document, start, end in the row).
+
+        Cost: the first time for a shard, reading all of it: its ids have no check of their own.
+        """
         picked = self.take(np.array([row]))
-        index = int(self._shard_of(np.array([row]))[0])
-        shard = self._open[index]
-        first = shard.columns.starts_of[row - int(self._table.first_row[index])]
         starts = picked.starts.tolist()
-        span = slice(int(first), int(first) + len(starts))
+        index = bisect_right(self._first_rows, row) - 1
+        shard = self._open[index]
+        shard.check()
+        first = int(shard.columns.starts_of[row - self._first_rows[index]])
+        span = slice(first, first + len(starts))
         ends = [*starts[1:], int(picked.num_tokens[0])]
         ids, offsets = shard.document_ids[span].tolist(), shard.document_offsets[span].tolist()
         return list(zip(ids, offsets, starts, ends, strict=True))
 
-    def _trim(self, rows_N: Int64Array) -> None:
-        """Forget the shards that were used longest ago and are not those of these rows.
+    def _hold(self, rows_N: Int64Array) -> RowTable:
+        """Open the shards of these rows; forget those that were used longest ago and are not among them.
 
         Rows that were given out keep the table as it was, and with it what they read from.
         """
         # PERF: numpy's search took 190 us a call beside a prefetch thread, by cProfile: it seems to
         # wait for Python's lock. In CPU time both are alike.
         used = {bisect_right(self._first_rows, row) - 1 for row in rows_N.tolist()}
-        for index in used:
+        for index in sorted(used):
+            if not 0 <= index < len(self._entries):
+                raise IndexError(f"there are {self.num_rows} rows, none of {rows_N.min()} to {rows_N.max()}")
+            if not self._table.is_open(index):
+                self._table.put(index, self._map(index))
             self._open.move_to_end(index)
         surplus = len(self._open) - max(self._files.max_open or 0, len(used))
         if surplus > 0:
             self._table = self._table.copy()
             for index in [*self._open][:surplus]:
                 self._drop(index)
+        return self._table
 
     def _shard_of(self, rows_N: Int64Array) -> Int64Array:
         return np.searchsorted(self._table.first_row, rows_N, side="right") - 1
 
-    def _add(self, index: int) -> None:
-        shard = self._map(index)
-        self._open[index] = shard
-        self._table.put(index, shard.columns)
+    def _new_table(self) -> RowTable:
+        return RowTable(self.rows_of_shards.tolist(), self.manifest.context + 1, self._map)
 
     def _drop(self, index: int) -> None:
         self._table.drop(index)
         del self._open[index]
         self._files.release(index)
 
-    def _map(self, index: int) -> "_Shard":
+    def _map(self, index: int) -> Columns:
         entry = self._entries[index]
         with stage("fetch"):
             path = self._files.path(index)
-        shard = _Shard(path, entry, verify=not self._files.is_verified(index))
+        shard = _Shard(path, entry, is_verified=self._files.is_verified(index))
         if shard.columns.tokens.shape != (entry.num_rows, self._table.stored):
             rows, stored = shard.columns.tokens.shape
             raise _damaged(path, f"it holds {rows} rows of {stored - 1} + 1 tokens")
-        return shard
+        self._open[index] = shard
+        return shard.columns
 
 
 class _Shard:
-    """Views on a mapped file, which stays open as long as one of them is used."""
+    """Views on a mapped file, which stays open as long as one of them is used.
 
-    def __init__(self, path: Path, entry: ShardEntry, *, verify: bool) -> None:
+    is_verified: its bytes are known to be those that were written.
+    """
+
+    def __init__(self, path: Path, entry: ShardEntry, *, is_verified: bool) -> None:
         with explain_os_errors("read a shard", path), path.open("rb") as file:
             found = os.fstat(file.fileno())
             if found.st_size != entry.num_bytes:
                 raise _damaged(path, f"it has {found.st_size} bytes, the manifest says {entry.num_bytes}")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if verify:
-            with stage("verify"):
-                _verify_once(path, found, mapped, entry.xxh3)
+            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._path, self._xxh3 = path, entry.xxh3
+        self._state = _State(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, entry.xxh3)
+        if is_verified:
+            _verified.add(self._state)
         try:
-            batch = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(mapped))).get_batch(0)
+            batch = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._mapped))).get_batch(0)
+            batch.validate()  # its rows have checks, what says where they are has none
+            has_checks = "row_xxh64" in batch.schema.names
+            if not has_checks:
+                self.check()
             columns = [
                 batch.column(name)
                 for name in ("tokens", "document_starts", "document_ids", "document_offsets", "num_tokens")
@@ -241,16 +253,43 @@ class _Shard:
             stored = tokens.type.list_size
             if str(tokens.type.value_type) not in ("uint16", "uint32"):
                 raise KeyError(f"tokens are {tokens.type.value_type}")
-        except (pa.ArrowException, KeyError, IndexError, AttributeError) as error:
+            checks = _view(batch.column("row_xxh64")) if has_checks and not self._is_verified else None
+            self.columns = Columns(
+                tokens=_view(tokens.values, batch.num_rows * stored).reshape(batch.num_rows, stored),
+                starts=_view(starts.values),
+                starts_of=_view(starts.offsets),
+                num_tokens=_view(num_tokens),
+                checks=checks,
+                checked=None if checks is None else _checked_rows(self._state, entry.num_rows),
+                name=f"shard {path}",
+            )
+            self.document_ids: Int64Array = _view(ids.values)
+            self.document_offsets: Int64Array = _view(offsets.values)
+        except _NO_SHARD as error:
             raise _damaged(path, f"it is no Arrow file of packed rows: {error}") from error
-        self.columns = Columns(
-            tokens=_view(tokens.values, batch.num_rows * stored).reshape(batch.num_rows, stored),
-            starts=_view(starts.values),
-            starts_of=_view(starts.offsets),
-            num_tokens=_view(num_tokens),
-        )
-        self.document_ids: Int64Array = _view(ids.values)
-        self.document_offsets: Int64Array = _view(offsets.values)
+
+    @property
+    def _is_verified(self) -> bool:
+        return self._state in _verified
+
+    def check(self) -> None:
+        """Check all bytes, once for each process and state of the file.
+
+        Raises: DataError naming the shard if they are not those that were written.
+        """
+        if self._is_verified:
+            return
+        with stage("verify"):
+            # Of the mapping: nothing is copied, and its pages are there when rows are read.
+            computed = xxh3_128_hexdigest(self._mapped)
+        if computed != self._xxh3:
+            raise _damaged(self._path, f"its xxh3 is {computed}, the manifest says {self._xxh3}")
+        _verified.add(self._state)
+
+
+# What is raised where the frame of a file lies: Arrow's own errors, of which some are an OSError, and
+# what comes of names and types that are not there.
+_NO_SHARD = (pa.ArrowException, OSError, KeyError, IndexError, AttributeError, ValueError, OverflowError)
 
 
 def _view(array: Any, count: int | None = None) -> NDArray[Any]:
@@ -263,35 +302,40 @@ def _view(array: Any, count: int | None = None) -> NDArray[Any]:
     return np.frombuffer(buffer, dtype=dtype, count=count, offset=array.offset * np.dtype(dtype).itemsize)
 
 
-_DTYPES: dict[str, Any] = {"uint16": np.uint16, "uint32": np.uint32, "int32": np.int32, "int64": np.int64}
+_DTYPES: dict[str, Any] = {
+    "uint16": np.uint16,
+    "uint32": np.uint32,
+    "int32": np.int32,
+    "int64": np.int64,
+    "uint64": np.uint64,
+}
 
 
-def _verify_once(path: Path, found: os.stat_result, mapped: mmap.mmap, xxh3: str) -> None:
-    """Check the bytes of a mapped shard, once for each process and state of the file.
+class _State(NamedTuple):
+    """A file as it is now, and what it should be."""
 
-    Raises: DataError naming the shard if they are not those that were written.
-    """
-    key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, xxh3)
-    with _lock:
-        if key in _verified:
-            return
-    # Of the mapping: nothing is copied, and its pages are there when rows are read.
-    computed = xxh3_128_hexdigest(mapped)
-    if computed != xxh3:
-        raise _damaged(path, f"its xxh3 is {computed}, the manifest says {xxh3}")
-    with _lock:
-        _verified.add(key)
+    device: int
+    inode: int
+    num_bytes: int
+    modified_ns: int
+    xxh3: str
+
+
+def _checked_rows(state: _State, rows: int) -> NDArray[np.uint8]:
+    """Return which rows of a file this process has checked, an array that whoever checks one writes to."""
+    return _rows_checked.setdefault(state, np.zeros(rows, dtype=np.uint8))
 
 
 def forget_verified() -> None:
     """Check every shard anew when it is next opened."""
-    with _lock:
-        _verified.clear()
+    _verified.clear()
+    _rows_checked.clear()
 
 
-# Process-wide on purpose: two loaders of one process need not read a shard twice to check it.
-_verified: set[tuple[int, int, int, int, str]] = set()
-_lock = threading.Lock()
+# Process-wide on purpose: two loaders of one process need not read a row twice to check it. Single
+# operations on a set and a dict, which threads may share.
+_verified: set[_State] = set()
+_rows_checked: dict[_State, NDArray[np.uint8]] = {}
 
 
 def _local(folders: Sequence[Path], manifests: Sequence[Manifest]) -> LocalFiles:

@@ -14,13 +14,9 @@ over that line. It holds between threads and processes, since they share the mon
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
-
-# `_enclosing_ledger` and `_stack`: a wait is split after it is over, which a span alone cannot do.
-import marrow.core.span as spans
-from marrow.core.span import Ledger, _enclosing_ledger, _stack
 
 QUEUE = "queue"
 STAGES = ("fetch", "verify", "decode", "transform", "collate", "copy", QUEUE)
@@ -152,27 +148,3 @@ def account(marks: Sequence[Mark], start_s: float, end_s: float) -> tuple[dict[s
     if not marks or marks[0][0] < start_s or marks[-1][0] > end_s:
         return split(marks, start_s, end_s), worked
     return worked | {QUEUE: end_s - start_s - sum(worked.values())}, worked
-
-
-def is_watched() -> bool:
-    """Tell whether spans of this thread go anywhere: into a ledger or to the process's sink."""
-    return spans._sink is not None or _enclosing_ledger() is not None
-
-
-def charge(parts: Mapping[str, float]) -> None:
-    """Move seconds of the span that is open on this thread to parts "data wait: STAGE".
-
-    The ledger's sum stays the wall time: what is moved is taken off the open span.
-    """
-    ledger = _enclosing_ledger()
-    if ledger is None:
-        return
-    frame = _stack()[-1]
-    for name, seconds in parts.items():
-        frame.exclusive_s -= seconds
-        ledger._add(ledger._parts, f"{WAIT}: {name}", seconds)
-
-
-def enclosing_ledger() -> Ledger | None:
-    """Return the ledger of this thread, if there is one."""
-    return _enclosing_ledger()

@@ -1,10 +1,12 @@
 /* Rows of mapped shards -> int64 arrays of a batch; and the keyed permutation that names the rows.
 
    The twins in numpy stand in gather_rows.py, function by function; they are the oracle. Nothing
-   here allocates, keeps state or takes a lock. What a damaged file could say (a start beyond its
-   row) is bounded before it is used as an index. */
+   here allocates or takes a lock; all it keeps is which rows it has checked, a byte each, so that
+   threads never change the same one. What a damaged file could say (a start beyond its row) is
+   bounded before it is used as an index. */
 
 #include <stdint.h>
+#include <string.h>
 
 #define IGNORED (-100)
 #define CHUNK 256
@@ -15,8 +17,79 @@ typedef struct {
     const int32_t *starts;     /* where documents begin, row after row */
     const int32_t *starts_of;  /* [rows + 1] */
     const int32_t *num_tokens; /* [rows] */
-    int64_t token_bytes;
+    const uint64_t *checks;    /* [rows], of each row (check_of), or 0: there is nothing to check */
+    uint8_t *checked;          /* [rows], 1 once a row's check was computed and is right */
+    int64_t token_bytes, num_starts;
 } shard_t;
+
+typedef struct {
+    int64_t num_shards, stored; /* tokens of a row, T + 1 */
+    const int64_t *first_row;   /* [num_shards + 1] */
+    const shard_t *shards;
+} table_t;
+
+/* XXH64, from the specification of xxHash (Y. Collet): four lanes of 8 bytes. */
+#define P1 UINT64_C(0x9E3779B185EBCA87)
+#define P2 UINT64_C(0xC2B2AE3D27D4EB4F)
+#define P3 UINT64_C(0x165667B19E3779F9)
+#define P4 UINT64_C(0x85EBCA77C2B2AE63)
+#define P5 UINT64_C(0x27D4EB2F165667C5)
+
+static inline uint64_t rotate(uint64_t value, int bits) { return value << bits | value >> (64 - bits); }
+
+static inline uint64_t take_lane(uint64_t lane, uint64_t input) { return rotate(lane + input * P2, 31) * P1; }
+
+static inline uint64_t read_64(const uint8_t *from) {
+    uint64_t value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+static uint64_t xxh64(const void *data, int64_t length, uint64_t seed) {
+    const uint8_t *at = data, *const end = at + length;
+    uint64_t hash = seed + P5;
+    if (length >= 32) {
+        uint64_t a = seed + P1 + P2, b = seed + P2, c = seed, d = seed - P1;
+        for (; at + 32 <= end; at += 32) {
+            a = take_lane(a, read_64(at));
+            b = take_lane(b, read_64(at + 8));
+            c = take_lane(c, read_64(at + 16));
+            d = take_lane(d, read_64(at + 24));
+        }
+        hash = rotate(a, 1) + rotate(b, 7) + rotate(c, 12) + rotate(d, 18);
+        const uint64_t lanes[4] = {a, b, c, d};
+        for (int i = 0; i < 4; i++)
+            hash = (hash ^ take_lane(0, lanes[i])) * P1 + P4;
+    }
+    hash += (uint64_t)length;
+    for (; at + 8 <= end; at += 8)
+        hash = rotate(hash ^ take_lane(0, read_64(at)), 27) * P1 + P4;
+    if (at + 4 <= end) {
+        uint32_t value;
+        memcpy(&value, at, sizeof value);
+        hash = rotate(hash ^ value * P1, 23) * P2 + P3;
+        at += 4;
+    }
+    for (; at < end; at++)
+        hash = rotate(hash ^ *at * P5, 11) * P1;
+    hash = (hash ^ hash >> 33) * P2;
+    hash = (hash ^ hash >> 29) * P3;
+    return hash ^ hash >> 32;
+}
+
+/* A row's check: of its tokens, seeded with that of its starts, seeded with how many tokens it has. */
+static uint64_t check_of(const shard_t *shard, int64_t place, int64_t stored) {
+    const int64_t low = shard->starts_of[place], high = shard->starts_of[place + 1];
+    const int64_t bytes = stored * shard->token_bytes;
+    const uint64_t seed = xxh64(shard->starts + low, (high - low) * 4, (uint64_t)shard->num_tokens[place]);
+    return xxh64((const char *)shard->tokens + place * bytes, bytes, seed);
+}
+
+/* checks[r] of the first `count` rows of a shard, whose offsets are in order. */
+void check_rows(int64_t count, const shard_t *shard, int64_t stored, uint64_t *checks) {
+    for (int64_t place = 0; place < count; place++)
+        checks[place] = check_of(shard, place, stored);
+}
 
 static inline uint64_t mix(uint64_t value, uint64_t key) {
     value = (value ^ key) * UINT64_C(0xBF58476D1CE4E5B9);
@@ -74,33 +147,41 @@ static inline int64_t shard_of(int64_t row, int64_t num_shards, const int64_t *f
     return low;
 }
 
-/* Look whether all rows can be read. Returns -1 if so, the first shard that is not open, or -2 - i
-   where rows[i] is out of range. */
-int64_t find_missing(int64_t count, const int64_t *rows, int64_t num_shards, const int64_t *first_row,
-                     const shard_t *shards) {
-    for (int64_t i = 0; i < count; i++) {
-        if (rows[i] < 0 || rows[i] >= first_row[num_shards])
-            return -2 - i;
-        const int64_t shard = shard_of(rows[i], num_shards, first_row);
-        if (!shards[shard].tokens)
-            return shard;
-    }
-    return -1;
-}
-
-/* Where a row's tokens are, and what it takes to know its documents. */
+/* Where a row's tokens are, and what it takes to know its documents. No tokens: it cannot be read. */
 typedef struct {
     const shard_t *shard;
     int64_t place;
     const char *tokens;
 } row_t;
 
-static inline row_t find_row(int64_t row, int64_t num_shards, const int64_t *first_row, const shard_t *shards,
-                             int64_t stored) {
-    const int64_t index = shard_of(row, num_shards, first_row);
-    row_t found = {shards + index, row - first_row[index], 0};
-    found.tokens = (const char *)found.shard->tokens + found.place * stored * found.shard->token_bytes;
+static inline row_t find_row(int64_t row, const table_t *table) {
+    row_t found = {0, 0, 0};
+    if (row < 0 || row >= table->first_row[table->num_shards])
+        return found;
+    const int64_t index = shard_of(row, table->num_shards, table->first_row);
+    found.shard = table->shards + index;
+    found.place = row - table->first_row[index];
+    if (found.shard->tokens) {
+        found.tokens = (const char *)found.shard->tokens + found.place * table->stored * found.shard->token_bytes;
+        if (found.shard->checks)
+            __builtin_prefetch(found.shard->checked + found.place);
+    }
     return found;
+}
+
+static int check_row(row_t row, int64_t stored) {
+    const shard_t *shard = row.shard;
+    const int64_t low = shard->starts_of[row.place], high = shard->starts_of[row.place + 1];
+    if (low < 0 || high < low || high > shard->num_starts)
+        return 0;
+    return shard->checked[row.place] = check_of(shard, row.place, stored) == shard->checks[row.place];
+}
+
+/* Tell whether a row can be read: its shard is open, and its bytes are those that were written. */
+static inline int is_readable(row_t row, int64_t stored) {
+    if (!row.tokens)
+        return 0;
+    return !row.shard->checks || row.shard->checked[row.place] || check_row(row, stored);
 }
 
 /* Widen a row; meanwhile ask for the lines of `next`, the row after it. A row is read from memory,
@@ -142,16 +223,20 @@ static inline void widen(row_t row, int64_t first, int64_t count, int64_t *to, r
         widen_32((const uint32_t *)row.tokens + first, count, to, next.tokens);
 }
 
-/* out [count, stored] = the rows' tokens, padding included. */
-void stack_rows(int64_t count, const int64_t *rows, int64_t num_shards, const int64_t *first_row,
-                const shard_t *shards, int64_t stored, int64_t *out) {
-    row_t next = count ? find_row(rows[0], num_shards, first_row, shards, stored) : (row_t){0, 0, 0};
+/* out [count, stored] = the rows' tokens, padding included. Returns the rows done: the next one, if
+   there is one, cannot be read. */
+int64_t stack_rows(int64_t count, const int64_t *rows, const table_t *table, int64_t *out) {
+    const int64_t stored = table->stored;
+    row_t next = count ? find_row(rows[0], table) : (row_t){0, 0, 0};
     for (int64_t i = 0; i < count; i++) {
         const row_t row = next;
+        if (!is_readable(row, stored))
+            return i;
         if (i + 1 < count)
-            next = find_row(rows[i + 1], num_shards, first_row, shards, stored);
+            next = find_row(rows[i + 1], table);
         widen(row, 0, stored, out + i * stored, next);
     }
+    return count;
 }
 
 /* positions and documents of one row, and the targets that cross documents. Returns the last number. */
@@ -176,19 +261,23 @@ static int32_t number_documents(row_t row, int64_t context, int32_t document, in
 }
 
 /* Lay rows end to end, each [context] = stored - 1, for batches of `each` rows one after the other;
-   see loader/batch.py for what the arrays mean. num_targets[b]: targets that count in batch b. */
-void lay_rows(int64_t count, const int64_t *rows, int64_t num_shards, const int64_t *first_row,
-              const shard_t *shards, int64_t stored, int64_t each, int64_t *tokens, int64_t *targets,
-              int64_t *positions, int32_t *documents, int64_t *num_targets) {
-    const int64_t context = stored - 1;
+   see loader/batch.py for what the arrays mean. num_targets[b]: targets that count in batch b.
+   Returns the rows done, as stack_rows. */
+int64_t lay_rows(int64_t count, const int64_t *rows, const table_t *table, int64_t each, int64_t *tokens,
+                 int64_t *targets, int64_t *positions, int32_t *documents, int64_t *num_targets) {
+    const int64_t context = table->stored - 1;
     int32_t document = -1;
-    row_t next = count ? find_row(rows[0], num_shards, first_row, shards, stored) : (row_t){0, 0, 0};
+    row_t next = count ? find_row(rows[0], table) : (row_t){0, 0, 0};
     for (int64_t i = 0; i < count; i++) {
         const row_t row = next;
+        if (!is_readable(row, table->stored))
+            return i;
         if (i + 1 < count) {
-            next = find_row(rows[i + 1], num_shards, first_row, shards, stored);
-            __builtin_prefetch(next.shard->num_tokens + next.place);
-            __builtin_prefetch(next.shard->starts_of + next.place);
+            next = find_row(rows[i + 1], table);
+            if (next.tokens) {
+                __builtin_prefetch(next.shard->num_tokens + next.place);
+                __builtin_prefetch(next.shard->starts_of + next.place);
+            }
         }
         if (i % each == 0) {
             document = -1;
@@ -203,4 +292,5 @@ void lay_rows(int64_t count, const int64_t *rows, int64_t num_shards, const int6
         document = number_documents(row, context, document, targets + at, positions + at, documents + at);
         num_targets[i / each] += used - (row.shard->starts_of[row.place + 1] - row.shard->starts_of[row.place]);
     }
+    return count;
 }

@@ -35,7 +35,8 @@ class GroupMaker(Generic[B]):
     """Makes several batches for each job, in one pass over their rows if the collate can.
 
     A collate that can has `many(picked, samples of each) -> batches`. What is done once for each
-    job then costs a small batch little.
+    job then costs a small batch little. One that reads the rows itself, in the pass that makes the
+    batch, says `decodes = True`: its time is that of "decode".
     """
 
     reader: Reader[Any]
@@ -45,7 +46,8 @@ class GroupMaker(Generic[B]):
         """Return the batches, each with the position where its global batch ends."""
         enter("decode")
         picked = self.reader.take(jobs.rows_N)
-        enter("collate")
+        if not getattr(self.collate, "decodes", False):
+            enter("collate")
         if len(jobs.samples) == 1:
             made = [(self.collate(picked, jobs.samples[0]), jobs.ends[0])]
         else:

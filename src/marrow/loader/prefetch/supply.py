@@ -18,18 +18,10 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from marrow.core.errors import UsageError
-from marrow.core.span import span
+from marrow.core.span import charge, enclosing_ledger, is_watched, span
 from marrow.loader.prefetch.thread import Prefetcher
 from marrow.loader.prefetch.workers import Workers
-from marrow.loader.stages import (
-    WAIT,
-    Timeline,
-    account,
-    charge,
-    enclosing_ledger,
-    is_watched,
-    recording,
-)
+from marrow.loader.stages import WAIT, Timeline, account, recording
 
 # PERF: a batch of a worker costs the parent 200 to 300 us of CPU: poll, read, unpickle, write. Its copy
 # into shared memory is measured.
@@ -98,7 +90,7 @@ class Supply(Generic[Task, T]):
             start_s = time.perf_counter()  # inside: what is charged below is never more than the span
             value, timeline = self._next()
             waited, worked = self._add_up(timeline, start_s, time.perf_counter())
-            charge(waited)
+            charge({f"{WAIT}: {stage}": seconds for stage, seconds in waited.items()})
         ledger = enclosing_ledger()
         if ledger is not None and (self._prefetch or self._workers is not None):
             for stage, seconds in worked.items():
