@@ -213,6 +213,8 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=4000)
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
+    if not PEER.exists():
+        parser.error("datatrove is not there: `python bench/all.py dedup` installs it")
     with tempfile.TemporaryDirectory() as name:
         source = Path(name) / "corpus.jsonl"
         texts = make_corpus(options.documents)

@@ -124,6 +124,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
+    if given.rows // 2 <= (given.workers + 1) * BATCH:
+        parser.error(
+            f"--rows {given.rows}: more than {2 * (given.workers + 1) * BATCH} leave some to measure"
+        )
     torch.set_num_threads(1)
     results = []
     with tempfile.TemporaryDirectory() as folder:

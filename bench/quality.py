@@ -229,6 +229,10 @@ def main() -> None:
     if given.side:
         measure(given.side, given.work, Path(given.folder))
         return
+    if {"gopher", "pii"} & set(given.only) and not PEER.exists():
+        parser.error(
+            "datatrove is not there: `python bench/all.py quality` installs it, or --only profile expect"
+        )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_texts(folder / "texts.jsonl", given.megabytes)

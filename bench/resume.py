@@ -2,8 +2,9 @@
 
     python bench/resume.py [--rows 160000] [--at 150000] [--repeat 5]
 
-Every way opens its loader anew from the state it would keep at that sample, and gives one batch;
-imports and the files' first reading are over. WebDataset has no seek: it reads what comes before
+Every way opens its loader anew from the state it would keep at that sample, and gives one batch; each
+has a process of its own, so that no peer's threads are in it, and they take turns; imports and the
+files' first reading are over. WebDataset has no seek: it reads what comes before
 (measured once). Marrow's line is repeated at sample 10^9 and 10^15 of the same data, gone through
 again and again, and for the order alone of 10^12 rows. Goal: at most 10 ms, anywhere.
 """
@@ -12,9 +13,12 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -119,45 +123,86 @@ def webdataset(folder: Path, at: int) -> None:
     next(islice(peers.webdataset(folder, BATCH), at // BATCH, None))
 
 
+def ways(folder: Path, at: int) -> dict[str, Callable[[], None]]:
+    """Return what is measured, by name."""
+    return {
+        f"marrow at {at}": lambda: marrow(folder, at),
+        "marrow at 10^9": lambda: marrow(folder, 10**9),
+        "marrow at 10^15": lambda: marrow(folder, 10**15),
+        "marrow at 10^9, window of 4": lambda: marrow(folder, 10**9, 4),
+        "order of 10^12 rows": lambda: plan_alone(10**11 + 7, None),
+        "order of 10^12, window 64": lambda: plan_alone(10**11 + 7, 64),
+        "HF datasets, indexed": lambda: huggingface_map(folder, at),
+        "HF datasets, streamed": lambda: huggingface_stream(folder, at),
+        "litdata": lambda: litdata(folder, at),
+        "MosaicML Streaming": lambda: mosaicml(folder, at),
+        "WebDataset": lambda: webdataset(folder, at),
+    }
+
+
+def serve_way(name: str, folder: Path, at: int) -> None:
+    """Resume once for each line on stdin, and print the milliseconds."""
+    torch.set_num_threads(1)
+    peers.find_peers()
+    resume = ways(folder, at)[name]
+    if name != "WebDataset":  # which takes long, and has nothing to keep
+        resume()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        start_s = time.perf_counter()
+        resume()
+        print((time.perf_counter() - start_s) * 1e3, flush=True)
+    os._exit(0)  # what threads a peer still has is not measured
+
+
+def measure(folder: Path, at: int, repeat: int) -> dict[str, float]:
+    """Return the median milliseconds of each way; they take turns."""
+    times: dict[str, list[float]] = {name: [] for name in ways(folder, at)}
+    with ExitStack() as stack:
+        served = {}
+        for name in times:
+            command = [sys.executable, "-W", "ignore", __file__, "--way", name, "--folder", str(folder)]
+            process = subprocess.Popen(
+                [*command, "--at", str(at)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            served[name] = process
+            assert process.stdout is not None
+            while (line := process.stdout.readline()) != "ready\n":
+                if not line:
+                    sys.exit(f"{name} ended before it was ready")
+        for turn in range(repeat):
+            for name, process in served.items():
+                if turn and name == "WebDataset":  # once: it takes long
+                    continue
+                assert process.stdin is not None and process.stdout is not None
+                process.stdin.write("go\n")
+                process.stdin.flush()
+                times[name].append(float(process.stdout.readline()))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
 def main() -> None:
     """Measure, print the table, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rows", type=int, default=160_000)
     parser.add_argument("--at", type=int, default=150_000)
     parser.add_argument("--context", type=int, default=64)
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     at = arguments.at
-    torch.set_num_threads(1)
+    if arguments.way:
+        serve_way(arguments.way, arguments.folder, at)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_rows(folder, arguments.rows, arguments.context, shard_rows=16_384)
         peers.write_for_peers(folder)
-        ways: dict[str, Callable[[], None]] = {
-            f"marrow at {at}": lambda: marrow(folder, at),
-            "marrow at 10^9": lambda: marrow(folder, 10**9),
-            "marrow at 10^15": lambda: marrow(folder, 10**15),
-            "marrow at 10^9, window of 4": lambda: marrow(folder, 10**9, 4),
-            "order of 10^12 rows": lambda: plan_alone(10**11 + 7, None),
-            "order of 10^12, window 64": lambda: plan_alone(10**11 + 7, 64),
-            "HF datasets, indexed": lambda: huggingface_map(folder, at),
-            "HF datasets, streamed": lambda: huggingface_stream(folder, at),
-            "litdata": lambda: litdata(folder, at),
-            "MosaicML Streaming": lambda: mosaicml(folder, at),
-        }
-        times: dict[str, list[float]] = {way: [] for way in ways}
-        for turn in range(arguments.repeat + 1):
-            for way, resume in ways.items():
-                start_s = time.perf_counter()
-                resume()
-                if turn:  # the first one imports and maps
-                    times[way].append((time.perf_counter() - start_s) * 1e3)
-        start_s = time.perf_counter()
-        webdataset(folder, at)
-        times["WebDataset"] = [(time.perf_counter() - start_s) * 1e3]
+        medians = measure(folder, at, arguments.repeat)
     print(f"{arguments.rows} rows of {arguments.context} tokens, batches of {BATCH}; medians")
     print(f"{'way':28} {'resume ms':>10} {'times marrow':>13}")
-    medians = {way: statistics.median(values) for way, values in times.items()}
     for way, median in medians.items():
         print(f"{way:28} {median:10.2f} {median / medians[f'marrow at {at}']:12.1f}x")
     RESULTS.parent.mkdir(exist_ok=True)

@@ -72,7 +72,7 @@ def memmap(folder: Path, batch: int) -> Batches:
     while True:
         order = np.random.default_rng(0).permutation(len(rows))
         for i in range(0, len(order) - batch + 1, batch):
-            yield torch.from_numpy(rows[order[i : i + batch]].astype(np.int64))
+            yield torch.from_numpy(rows.take(order[i : i + batch], axis=0).astype(np.int64))
 
 
 def arrow_mmap(folder: Path, batch: int) -> Batches:

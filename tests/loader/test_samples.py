@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from marrow.core.errors import DataError
+from marrow.core.errors import DataError, UsageError
 from marrow.loader.samples import Collate, Samples, stack, tensors_of
-from marrow.loader.stages import recording
+from marrow.loader.stages import Timeline
 
 
 class Somewhere:
@@ -136,7 +136,7 @@ def test_a_failing_transform_names_transform_position_row_and_reason() -> None:
 
 
 def test_samples_that_fail_can_be_left_out_and_are_counted_and_named() -> None:
-    with recording() as timeline:
+    with Timeline() as timeline:
         found = Collate(jobs.fails_on_multiples_of_50, "skip")(samples(49, 50, 51, 100), range(4))
     assert found["id"].tolist() == [49, 51]
     assert timeline.counts == {"samples skipped": 2}
@@ -164,3 +164,9 @@ def test_a_stack_of_ones_own_gets_the_samples() -> None:
 def test_a_collate_travels(tmp_path: Path) -> None:
     collate = Collate(jobs.double, "skip", skip=((1, 2),))
     assert pickle.loads(pickle.dumps(collate)) == collate
+
+
+def test_an_unknown_way_with_errors_is_refused() -> None:
+    with pytest.raises(UsageError, match="'ignore'") as caught:
+        Collate(on_error="ignore")  # type: ignore[arg-type]
+    assert "raise, skip" in str(caught.value.hint)

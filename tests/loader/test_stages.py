@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marrow.loader.stages import QUEUE, STAGES, Mark, count, recording, split, stage, totals
+from marrow.loader.stages import QUEUE, STAGES, Mark, Timeline, count, split, stage, totals
 
 times = st.floats(0, 100)
 lines = st.lists(st.tuples(times, st.sampled_from(STAGES)), max_size=12).map(sorted)
@@ -47,7 +47,7 @@ def test_a_wait_is_split_as_one_would_by_looking(marks: list[Mark], first: float
 
 
 def test_an_inner_stage_stops_the_outer_ones_clock() -> None:
-    with recording() as timeline, stage("decode"):
+    with Timeline() as timeline, stage("decode"):
         with stage("fetch"):
             time.sleep(0.02)
         time.sleep(0.01)
@@ -61,15 +61,15 @@ def test_an_inner_stage_stops_the_outer_ones_clock() -> None:
 def test_stages_without_a_recording_cost_nothing_and_do_nothing() -> None:
     with stage("decode"):
         count("samples skipped", "a note")
-    with recording() as timeline:
+    with Timeline() as timeline:
         pass
     assert [name for _, name in timeline.marks] == [QUEUE, QUEUE]
     assert (timeline.counts, timeline.notes) == ({}, [])
 
 
 def test_a_recording_within_another_leaves_it_alone() -> None:
-    with recording() as outer:
-        with recording() as inner:
+    with Timeline() as outer:
+        with Timeline() as inner:
             count("samples skipped", "a")
         count("others")
     assert (inner.counts, inner.notes) == ({"samples skipped": 1}, ["a"])
@@ -77,7 +77,7 @@ def test_a_recording_within_another_leaves_it_alone() -> None:
 
 
 def test_notes_are_bounded() -> None:
-    with recording() as timeline:
+    with Timeline() as timeline:
         for number in range(1000):
             count("samples skipped", f"note {number}")
     assert timeline.counts["samples skipped"] == 1000
@@ -86,7 +86,7 @@ def test_notes_are_bounded() -> None:
 
 def test_a_timeline_travels_without_its_listener() -> None:
     heard: list[str] = []
-    with recording(heard.append) as timeline, stage("decode"):
+    with Timeline(heard.append) as timeline, stage("decode"):
         count("samples skipped", "x")
     copy = pickle.loads(pickle.dumps(timeline))
     assert (copy.marks, copy.counts, copy.notes) == (timeline.marks, timeline.counts, timeline.notes)

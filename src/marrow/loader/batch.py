@@ -111,8 +111,7 @@ class StackRows:
         return [torch.from_numpy(out[low : low + rows]) for low in range(0, len(picked), rows)]
 
     def _stack(self, picked: Rows) -> NDArray[np.int64]:
-        out = self._ring.take(8 * len(picked) * picked.stored).view(np.int64)
-        out = out.reshape(len(picked), picked.stored)
+        out = self._ring.take((len(picked), picked.stored), np.int64)
         picked.stack(out)
         return out
 

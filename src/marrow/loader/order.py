@@ -94,14 +94,12 @@ class Walk:
 
     def many(self, batches: int) -> Iterator[Jobs]:
         """Give jobs of up to so many batches each; the first has one, since someone waits for it."""
-        count = 1
-        while True:
-            try:
-                jobs = self.take(count)
-            except StopIteration:
-                return
-            yield jobs
-            count = batches
+        try:
+            yield self.take(1)
+            while True:
+                yield self.take(batches)
+        except StopIteration:
+            return
 
     def take(self, batches: int) -> Jobs:
         """Return the jobs of the next batches, at most so many. Raises: as `next`."""

@@ -29,11 +29,14 @@ Mark = tuple[float, str]  # from this time on (perf_counter) the batch is in thi
 class Timeline:
     """The stages that one batch went through, what was counted on the way, and notes on it.
 
+        with Timeline() as timeline:    # the stages that this thread goes through inside the block
+            ...
+
     packing_s: what it took to put it into shared memory. Travels from worker to parent;
     `on_change` stays behind.
     """
 
-    __slots__ = ("_on_change", "counts", "marks", "notes", "packing_s")
+    __slots__ = ("_before", "_on_change", "counts", "marks", "notes", "packing_s")
 
     def __init__(self, on_change: Callable[[str], None] | None = None) -> None:
         self.marks: list[Mark] = [(time.perf_counter(), QUEUE)]
@@ -48,6 +51,15 @@ class Timeline:
         if self._on_change is not None:
             self._on_change(stage)
 
+    def __enter__(self) -> "Timeline":
+        self._before: Timeline | None = getattr(_local, "timeline", None)
+        _local.timeline = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _local.timeline = self._before
+        self.enter(QUEUE)
+
     def __getstate__(self) -> tuple[Any, ...]:
         return self.marks, self.counts, self.notes, self.packing_s
 
@@ -57,24 +69,6 @@ class Timeline:
 
 
 _local = threading.local()
-
-
-class recording:  # noqa: N801 - reads like `span`; a class because it is entered for each batch
-    """Keep the stages that this thread goes through inside the block, in a `Timeline`."""
-
-    __slots__ = ("_before", "_timeline")
-
-    def __init__(self, on_change: Callable[[str], None] | None = None) -> None:
-        self._timeline = Timeline(on_change)
-
-    def __enter__(self) -> Timeline:
-        self._before: Timeline | None = getattr(_local, "timeline", None)
-        _local.timeline = self._timeline
-        return self._timeline
-
-    def __exit__(self, *_: object) -> None:
-        _local.timeline = self._before
-        self._timeline.enter(QUEUE)
 
 
 def enter(name: str) -> None:

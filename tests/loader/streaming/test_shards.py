@@ -28,7 +28,7 @@ from marrow.core.errors import (
     UsageError,
 )
 from marrow.loader.reader import ShardReader
-from marrow.loader.stages import recording, totals
+from marrow.loader.stages import Timeline, totals
 from marrow.loader.streaming import fetch
 from marrow.loader.streaming.cache import Cache
 from marrow.loader.streaming.shards import CachedShards
@@ -508,7 +508,7 @@ def test_closing_wakes_whoever_waits(origin: Origin, tmp_path: Path) -> None:
 def test_waits_are_charged_to_fetch(origin: Origin, tmp_path: Path) -> None:
     origin.add(2, 5 * KB)
     origin.proxy.fault = lambda request, n: Fault(wait_s=0.1)
-    with origin.open(Cache(tmp_path, 100 * KB)) as shards, recording() as timeline:
+    with origin.open(Cache(tmp_path, 100 * KB)) as shards, Timeline() as timeline:
         shards.path(0)
     assert totals(timeline.marks)["fetch"] >= 0.1
     assert set(totals(timeline.marks)) <= {"fetch", "verify"}

@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 # PERF: what a hand-over costs where the producer is the limit: about 60 microseconds an item.
 HANDOVER_S = 100e-6
+FORGET = 0.9  # slowly: what is slow now and then, such as a new file, is worth working ahead for
 LONGEST_AWAY_S = 16 * HANDOVER_S  # that one pause counts as: forgotten four items later
 
 
@@ -74,8 +75,16 @@ class Prefetcher(Generic[T]):
                 self._left_s = time.perf_counter()
                 return item
             self._making = True
-        item = self._make_one(None)
-        self._left_s = time.perf_counter()
+        start_s = time.perf_counter()
+        try:
+            item = self._make()
+        except BaseException as error:
+            self._fail(error)
+            raise
+        self._left_s = now = time.perf_counter()
+        # Without the lock: the thread looks at these only when it is woken, which `take` alone does.
+        self._make_s = max(now - start_s, FORGET * self._make_s)
+        self._making = False
         return item
 
     def close(self) -> None:
@@ -87,33 +96,27 @@ class Prefetcher(Generic[T]):
             self._room.notify_all()
         self._thread.join()
 
-    def _make_one(self, ready: deque[T] | None) -> T:
-        """Make one item, `_making` being set; clear it and put the item into `ready` in one go."""
-        start_s = time.perf_counter()
-        try:
-            item = self._make()
-        except BaseException as error:
-            with self._lock:
-                self._making = False
-                self._error = error
-                self._item.notify_all()
-                self._room.notify_all()
-            raise
-        with self._lock:
-            self._making = False
-            # Forgets slowly: what is slow now and then, such as a new file, is worth working ahead for.
-            self._make_s = max(time.perf_counter() - start_s, 0.9 * self._make_s)
-            if ready is not None and not self._closed:
-                ready.append(item)
-                self._item.notify_all()
-        return item
-
     def _run(self) -> None:
         while self._wait_for_room():
+            start_s = time.perf_counter()
             try:
-                self._make_one(self._ready)
-            except BaseException:  # noqa: BLE001 - it is raised in the consumer
+                item = self._make()
+            except BaseException as error:  # noqa: BLE001 - it is raised in the consumer
+                self._fail(error)
                 return
+            with self._lock:
+                self._making = False
+                self._make_s = max(time.perf_counter() - start_s, FORGET * self._make_s)
+                if not self._closed:
+                    self._ready.append(item)
+                    self._item.notify_all()
+
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            self._making = False
+            self._error = error
+            self._item.notify_all()
+            self._room.notify_all()
 
     def _wait_for_room(self) -> bool:
         with self._lock:

@@ -19,7 +19,7 @@ from typing import Any, Self
 from marrow.core.errors import MarrowError
 from marrow.data.engine import portable
 from marrow.loader.prefetch.parcels import Packed, Packer, anonymous_file
-from marrow.loader.stages import QUEUE, STAGES, Timeline, recording
+from marrow.loader.stages import QUEUE, STAGES, Timeline
 
 _CELL = struct.Struct("<dq")  # since when (perf_counter), index in STAGES
 _CELL_BYTES = 64  # a cache line for each worker
@@ -98,7 +98,7 @@ def serve(socket: int, status: int, number: int) -> None:
         task_number, task, freed = pickle.loads(inbox.get())
         packer.free(freed)
         descriptor: int | None = None
-        with recording(lambda stage: page.write(number, stage)) as timeline:
+        with Timeline(lambda stage: page.write(number, stage)) as timeline:
             try:
                 made = job(task)
                 start_s = time.perf_counter()
