@@ -77,6 +77,7 @@ def test_closing_wakes_a_producer_that_waits_for_room() -> None:
     wait_until(lambda: len(prefetcher._ready) == 1)
     prefetcher.close()
     prefetcher.close()
+    assert threads() == []
 
 
 def test_closing_wakes_a_consumer_that_waits_for_an_item() -> None:
@@ -111,8 +112,9 @@ def test_opening_and_closing_often_leaves_nothing() -> None:
     for i in range(200):
         prefetcher = Prefetcher(counter(), 2, NAME)
         if i % 2:
-            prefetcher.take()
+            assert prefetcher.take() == 0
         prefetcher.close()
+        assert threads() == []
 
 
 def test_a_waiting_producer_uses_no_cpu() -> None:
@@ -175,3 +177,23 @@ def test_make_is_called_by_one_thread_at_a_time_and_no_item_is_lost() -> None:
             time.sleep(0.0007)
         assert prefetcher.take() == number
     prefetcher.close()
+
+
+def test_the_first_item_is_made_by_whoever_waits_for_it_and_the_next_ahead() -> None:
+    makers: list[str] = []
+
+    def make() -> int:
+        makers.append(threading.current_thread().name)
+        time.sleep(0.001)  # worth a thread
+        return len(makers)
+
+    prefetcher = Prefetcher(make, 2, "ahead", is_waited_for=True)
+    try:
+        time.sleep(0.01)
+        assert makers == []
+        assert prefetcher.take() == 1
+        wait_until(lambda: len(makers) == 3)
+        assert makers == [threading.current_thread().name, "ahead", "ahead"]
+        assert [prefetcher.take(), prefetcher.take()] == [2, 3]
+    finally:
+        prefetcher.close()

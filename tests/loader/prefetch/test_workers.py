@@ -242,7 +242,12 @@ def test_closing_twice_and_in_the_midst_is_fine() -> None:
 
 
 def test_closing_before_anything_was_taken_is_fine() -> None:
-    Workers(jobs.arrays, iter(range(100)), 2, 8).close()
+    before = children(), shared_memory()
+    pool = Workers(jobs.arrays, iter(range(100)), 2, 8)
+    pool.close()
+    assert (children(), shared_memory()) == before
+    with pytest.raises(UsageError, match="closed"):
+        pool.take()
 
 
 def test_no_more_is_made_than_room_allows() -> None:

@@ -147,9 +147,7 @@ class Supply(Generic[Task, T]):
         if not self._prefetch:
             return self._make()
         if self._thread is None:
-            first = self._make()  # someone waits for it: no thread brings it sooner
-            self._thread = Prefetcher(self._make, self._prefetch, "marrow-loader")
-            return first
+            self._thread = Prefetcher(self._make, self._prefetch, "marrow-loader", is_waited_for=True)
         return self._thread.take()
 
     def _read(self) -> None:

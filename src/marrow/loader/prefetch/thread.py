@@ -30,10 +30,11 @@ class Prefetcher(Generic[T]):
     """Calls `make` again and again, ahead on its own thread, and hands the results out in order.
 
     `make` is called by one thread at a time: the prefetcher's or, while that would not pay, the
-    consumer's.
+    consumer's. is_waited_for: the first item is wanted at once, so the consumer makes it, which no
+    thread could do sooner; the thread begins with the second.
     """
 
-    def __init__(self, make: Callable[[], T], depth: int, name: str) -> None:
+    def __init__(self, make: Callable[[], T], depth: int, name: str, *, is_waited_for: bool = False) -> None:
         self._make = make
         self._depth = depth
         self._ready: deque[T] = deque()
@@ -43,8 +44,9 @@ class Prefetcher(Generic[T]):
         self._error: BaseException | None = None
         self._closed = False
         self._making = False
-        self._pays = True
-        self._make_s = self._away_s = HANDOVER_S
+        self._pays = not is_waited_for
+        self._make_s = 0.0 if is_waited_for else HANDOVER_S
+        self._away_s = HANDOVER_S
         self._left_s: float | None = None  # when the consumer went away with the last item
         # A daemon: a process that forgets to close can still exit.
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -81,10 +83,15 @@ class Prefetcher(Generic[T]):
         except BaseException as error:
             self._fail(error)
             raise
+        is_first = self._left_s is None
         self._left_s = now = time.perf_counter()
         # Without the lock: the thread looks at these only when it is woken, which `take` alone does.
         self._make_s = max(now - start_s, FORGET * self._make_s)
         self._making = False
+        if is_first:  # whether it pays is not known yet; it may as well begin
+            with self._lock:
+                self._pays = True
+                self._room.notify_all()
         return item
 
     def close(self) -> None:
