@@ -9,8 +9,12 @@ BIN := .venv/bin
 run: setup
 	$(BIN)/marrow run recipes/quickstart.toml
 
-test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow and not soak" -n 2 --dist loadfile
+# loadfile: what the tests of a file share is made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+test: lint
+	$(PYTEST) -m "not slow and not soak"
+	$(PYTEST) -m "slow and not soak"
 
 check: lint fast
 
@@ -20,8 +24,9 @@ lint: setup-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Fewer examples of each property than `make test` tries.
 fast: setup-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not soak" -n 2
+	$(PYTEST) -m "not slow and not soak" --hypothesis-profile quick
 
 # The long forms: hundreds of kills, gigabytes under a memory limit. About an hour.
 soak: setup-test

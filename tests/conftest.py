@@ -7,6 +7,8 @@ error and uncaught exception of the tab is kept for the test to judge.
 
 import base64
 import contextlib
+import gc
+import getpass
 import json
 import os
 import shutil
@@ -33,9 +35,43 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# No deadline for an example: on a loaded machine any may take a second.
+# No deadline for an example: on a loaded machine any may take a second. `make test` tries all the
+# examples that a property asks for; `make check` asks for the quick profile, at most so many of each.
 settings.register_profile("marrow", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("quick", parent=settings.get_profile("marrow"), max_examples=10)
 settings.load_profile("marrow")
+
+OWN_SETTINGS = "_hypothesis_internal_use_settings"
+
+
+# Fixtures that cost 4 to 7 CPU-seconds: a whole run, and the interpreter's documentation as rows.
+COSTLY = {"finished", "stdlib_rows"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what needs a costly fixture as slow, and cut properties to the examples of the profile."""
+    is_quick = config.getoption("--hypothesis-profile") == "quick"
+    most = settings.get_profile("quick").max_examples
+    for item in items:
+        if COSTLY & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+        function = getattr(item, "obj", None)
+        own = getattr(function, OWN_SETTINGS, None)  # of @settings; the profile gives those without
+        if is_quick and own is not None and own.max_examples > most:
+            setattr(function, OWN_SETTINGS, settings(own, max_examples=most))
+
+
+# PERF: what is imported stays. Without a collector at work meanwhile, test files are collected in
+# 5.4 CPU-seconds for 6.4; frozen, it makes a test's own gc.collect() cost 3 ms for 150.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Begin to collect garbage, all that is there by now left out."""
+    gc.freeze()
+    gc.enable()
+
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM_FLAGS = (
@@ -221,18 +257,19 @@ class Browser:
 
 
 @pytest.fixture(scope="session")
-def chromium() -> Iterator[DevTools]:
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevTools]:
     """Start one Chromium for this test process; skip where it, or the WebSocket client, is missing."""
     pytest.importorskip("websocket", reason="needs the websocket-client package (a test extra)")
     program = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
     if program is None:
         pytest.skip("needs chromium: no chromium or google-chrome in PATH")
-    profile = Path(tempfile.mkdtemp(prefix="marrow-chromium-"))
+    profile = tmp_path_factory.mktemp("chromium")
     process = subprocess.Popen(
         [program, *CHROMIUM_FLAGS, f"--user-data-dir={profile}", "about:blank"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(profile)},
         start_new_session=True,  # its helper processes end with it
     )
     tools: DevTools | None = None
@@ -277,6 +314,19 @@ def browser(chromium: DevTools) -> Iterator[Browser]:
         yield tab
     finally:
         tab.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _temporary_files_stay_together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let what a killed process leaves lie in pytest's own folder, which pytest clears, not in /tmp."""
+    folder = tmp_path_factory.mktemp("tmp")
+    with pytest.MonkeyPatch.context() as patch:
+        if len(str(folder)) < 64:  # sockets lie in it, and their paths must be short
+            compiled = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
+            patch.setenv("TORCHINDUCTOR_CACHE_DIR", os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(compiled)))
+            patch.setenv("TMPDIR", str(folder))
+            patch.setattr(tempfile, "tempdir", str(folder))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,12 +14,13 @@ from marrow.store.store import Store
 pytestmark = pytest.mark.slow
 
 
-def refused(told: "subprocess.CompletedProcess[str]", status: int, *said: str) -> None:
-    assert told.returncode == status, told.stderr
+def refusal(told: "subprocess.CompletedProcess[str]") -> tuple[int, str]:
+    """Give the status and the words of a command that refused in the form that every refusal has."""
     assert told.stdout == ""
-    for words in ("error:", "hint:", *said):
-        assert words in told.stderr
+    assert "error:" in told.stderr
+    assert "hint:" in told.stderr
     assert "Traceback" not in told.stderr
+    return told.returncode, told.stderr
 
 
 @pytest.mark.parametrize(
@@ -32,29 +33,41 @@ def refused(told: "subprocess.CompletedProcess[str]", status: int, *said: str) -
     ],
 )
 def test_a_wrong_recipe_ends_with_status_2(setting: str, said: str, marrow: Marrow, tiny: Path) -> None:
-    refused(marrow("run", tiny, "--set", setting), 2, said)
+    status, words = refusal(marrow("run", tiny, "--set", setting))
+    assert status == 2
+    assert said in words
 
 
 def test_a_missing_recipe_names_one_that_is_there(marrow: Marrow, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("", encoding="utf-8")
-    refused(marrow("run", "mien.toml"), 2, "mine.toml")
+    status, words = refusal(marrow("run", "mien.toml"))
+    assert status == 2
+    assert "mine.toml" in words
 
 
 def test_a_missing_source_is_an_error(marrow: Marrow, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
-    refused(marrow("run", tiny, "--set", "data.source=nots"), 1, "nots", "notes")
+    status, words = refusal(marrow("run", tiny, "--set", "data.source=nots"))
+    assert status == 1
+    assert "nots" in words
+    assert "notes" in words
 
 
 def test_an_empty_source_is_an_error(marrow: Marrow, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    refused(marrow("run", tiny, "--set", "data.source=empty"), 1, "empty")
+    status, words = refusal(marrow("run", tiny, "--set", "data.source=empty"))
+    assert status == 1
+    assert "empty" in words
     (tmp_path / "empty.csv").write_bytes(b"")
-    refused(marrow("run", tiny, "--set", "data.source=empty.csv"), 1, "empty")
+    status, words = refusal(marrow("run", tiny, "--set", "data.source=empty.csv"))
+    assert status == 1
+    assert "empty" in words
 
 
 def test_too_few_rows_for_a_heldout_part_is_an_error(marrow: Marrow, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "one.csv").write_text("text\na single row of text that is long enough\n", encoding="utf-8")
-    refused(marrow("run", tiny, "--set", "data.source=one.csv"), 1)
+    status, _ = refusal(marrow("run", tiny, "--set", "data.source=one.csv"))
+    assert status == 1
 
 
 def test_a_broken_csv_row_is_counted_and_the_run_goes_on(marrow: Marrow, tiny: Path, tmp_path: Path) -> None:
@@ -76,7 +89,9 @@ def test_a_port_in_use_is_an_error(marrow: Marrow, finished: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        refused(marrow("serve", "tiny", "--port", port, home=finished), 1, port)
+        status, words = refusal(marrow("serve", "tiny", "--port", port, home=finished))
+        assert status == 1
+        assert port in words
 
 
 @pytest.fixture
@@ -100,7 +115,10 @@ def test_a_full_disk_is_an_error_and_leaves_only_whole_artifacts(
 ) -> None:
     home = small_disk / "home"
     arguments = ["run", tiny, "--set", f"data.source={csv_source}", "--set", "model.hidden_size=256"]
-    refused(marrow(*arguments, home=home), 1, "no space left", "MARROW_HOME")
+    status, words = refusal(marrow(*arguments, home=home))
+    assert status == 1
+    assert "no space left" in words
+    assert "MARROW_HOME" in words
     with Store.open(home) as store:
         found = store.catalog.latest()
         assert found, "the first steps fit"
@@ -117,12 +135,18 @@ def test_a_store_that_cannot_be_written_is_an_error(
     else:  # root may write anywhere but on a file system that is mounted read-only
         folder = request.getfixturevalue("small_disk")
         subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
-    refused(marrow("run", tiny, home=folder / "home"), 1, "no permission", "MARROW_HOME")
+    status, words = refusal(marrow("run", tiny, home=folder / "home"))
+    assert status == 1
+    assert "no permission" in words
+    assert "MARROW_HOME" in words
 
 
 @pytest.mark.parametrize("verb", ["lineage", "why", "complete", "chat", "serve"])
 def test_verbs_that_read_make_no_store(verb: str, marrow: Marrow, tmp_path: Path) -> None:
-    refused(marrow(verb, "quickstart"), 1, "no store", "run a recipe first")
+    status, words = refusal(marrow(verb, "quickstart"))
+    assert status == 1
+    assert "no store" in words
+    assert "run a recipe first" in words
     assert list(tmp_path.iterdir()) == []
 
 
@@ -135,7 +159,10 @@ def test_a_reader_that_goes_away_is_no_failure(finished: Path) -> None:
 
 
 def test_a_context_longer_than_the_model_is_refused_before_any_step(marrow: Marrow, tiny: Path) -> None:
-    refused(marrow("run", tiny, "--set", "shards.context=128"), 2, "max_positions = 64", "tiny.toml:")
+    status, words = refusal(marrow("run", tiny, "--set", "shards.context=128"))
+    assert status == 2
+    assert "max_positions = 64" in words
+    assert "tiny.toml:" in words
 
 
 def test_a_prompt_that_is_not_utf8_is_refused(finished: Path) -> None:

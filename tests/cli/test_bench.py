@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from range_server import RangeServer
 
 from marrow.cli.main import run
 from marrow.cli.trial import running_server
@@ -189,3 +190,19 @@ def test_made_up_rows_leave_nothing_behind(
     assert run([*LOADER, "--workers", "0", "--no-sizes"]) == 0
     assert "prefetch" in capsys.readouterr().out
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_shards_at_a_url_are_measured(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Store.open(finished) as store:
+        shards = store.view(store.catalog.latest(kind="shards")[0])
+        with RangeServer(shards.parent) as server:
+            assert run([*LOADER, f"{server.url}/{shards.name}", "--workers", "0", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert all("fetch" in one["worked_s"] for one in told["settings"]), "each setting fetches anew"
+
+
+def test_a_page_that_cannot_be_written_is_said(parquet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = parquet / "x.html"
+    assert run([*LOADER, str(parquet), "--workers", "0", "--no-sizes", "--html", str(page)]) == 1
+    assert "cannot write the page" in capsys.readouterr().err

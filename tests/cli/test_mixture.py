@@ -1,14 +1,17 @@
 """The shards that a mixture names, and where lineage then leads."""
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from marrow.cli.mixture import find_sources
-from marrow.core.errors import ArtifactNotFound, UsageError
+from marrow.core.errors import ArtifactNotFound, SourceError, UsageError
 from marrow.core.frozen_map import FrozenMap
 from marrow.core.hashes import hash_file
 from marrow.loader.config import LoaderRecipe, SourceRecipe
+from marrow.loader.loader import Loader
 from marrow.store.store import Store
 
 
@@ -71,13 +74,36 @@ def test_another_folder_of_the_same_name_is_another_input(store: Store, tmp_path
     assert find_sources(recipe(code=str(folder)), store).checks() != before
 
 
-@pytest.mark.parametrize("where", ["s3://bucket/shards", "."])
+def test_shards_at_a_url_are_a_folder_that_fetches_them(store: Store, tmp_path: Path, finished: Path) -> None:
+    with Store.open(finished) as other:
+        shards = other.view(other.catalog.latest(kind="shards", limit=1)[0])
+        far = tmp_path / "far"
+        shutil.copytree(shards, far)
+    mixed = recipe(far=far.as_uri(), near=str(far))
+    found = find_sources(mixed, store)
+    assert found.checks()["far"] == found.checks()["near"] == hash_file(far / "manifest.json")
+    placed = found.place(mixed, {})
+    with (
+        Loader(placed.folders(), 4, 0, order=placed.order, stop=40) as streamed,
+        Loader([far, far], 4, 0, order=placed.order, stop=40) as local,
+    ):
+        for one, other_one in zip(streamed, local, strict=True):
+            assert np.array_equal(one.tokens_N, other_one.tokens_N) and one.samples == other_one.samples
+    assert list((store.home / "cache").rglob("*.arrow"))
+
+
+@pytest.mark.parametrize("nowhere", ["{}/nothing", "ftp://host/shards"])
+def test_a_url_without_shards_is_an_error(store: Store, tmp_path: Path, nowhere: str) -> None:
+    with pytest.raises((SourceError, UsageError), match=r"manifest\.json"):
+        find_sources(recipe(code=nowhere.format(tmp_path.as_uri())), store)
+
+
 def test_what_is_no_folder_of_shards_is_refused_with_a_hint(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"loader\.mixture\.code.*manifest\.json") as caught:
-        find_sources(recipe(code=where), store)
+        find_sources(recipe(code="."), store)
     assert "marrow export" in str(caught.value.hint)
 
 

@@ -15,8 +15,11 @@ from marrow.cli.recipe import read_recipe
 from marrow.core.errors import DataError
 from marrow.core.progress import Progress
 from marrow.core.span import Ledger
+from marrow.data.config import DataRecipe
 from marrow.store.steps import StepResult, Workspace
 from marrow.store.store import Store
+from marrow.store.versions.versions import Versions
+from marrow.text.tokenizer import Tokenizer
 
 
 class Runs:
@@ -154,6 +157,55 @@ def test_metrics_reach_the_catalog_with_the_step_that_logged_them(runs: Runs) ->
     assert (point.step, point.value) == (3, 1.5)
 
 
+def test_a_dataset_version_is_read_once_whatever_the_recipe_calls_it(runs: Runs, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    write_csv(tmp_path / "folder" / "notes.csv", 20)
+    versions = Versions(runs.store)
+    first = versions.commit(tmp_path / "folder", "notes").version.artifact
+    versions.tag("notes", "paper")
+
+    def ingest(source: str) -> str:
+        pipeline = runs.start(f"data.source={source}")
+        return pipeline.ingest(pipeline.recipe.section(DataRecipe)).id
+
+    ids = [ingest(name) for name in ("notes@1", "notes", "paper", first.id[:12])]
+    write_csv(tmp_path / "folder" / "notes.csv", 21)
+    versions.commit(tmp_path / "folder", "notes")
+    ids += [ingest("notes~1"), ingest("notes")]
+    assert len(set(ids[:5])) == 1 and ids[5] != ids[0]
+    assert [status for _, status in runs.told] == ["built", *["cached"] * 4, "built"]
+    assert runs.store.get(ids[0]).facts["source"] == "notes@1"
+
+
+def run_to_clean(runs: Runs, source: Path, *overrides: str) -> str:
+    """Run ingest and clean; return the hint of the error that ends it."""
+    pipeline = runs.start(f"data.source={source}", *overrides)
+    with pytest.raises(DataError) as caught:
+        pipeline.run()
+    return str(caught.value.hint)
+
+
+def test_a_failed_expectation_leaves_its_full_result(runs: Runs, tmp_path: Path) -> None:
+    source = tmp_path / "notes.csv"
+    write_csv(source, 30)
+    hint = run_to_clean(runs, source, "data.expect.title.unique=true", "data.expect.body.max_length=10")
+    path = Path(hint.rpartition(": ")[2])
+    assert path.name == "expectations.json"
+    results = {one["name"]: one for one in json.loads(path.read_text())["results"]}
+    assert (results["body.length"]["status"], results["title.unique"]["status"]) == ("fail", "pass")
+    assert results["body.length"]["failed"] == 30 and len(results["body.length"]["samples"]) == 5
+    # Another limit is another key, which has a result of its own.
+    hint = run_to_clean(runs, source, "data.expect.body.max_length=11")
+    assert path.exists() and Path(hint.rpartition(": ")[2]) != path
+
+
+def test_where_every_row_was_dropped_the_samples_stay(runs: Runs, tmp_path: Path) -> None:
+    write_csv(tmp_path / "notes.csv", 30)
+    hint = run_to_clean(runs, tmp_path / "notes.csv", "data.quality.min_chars=100000")
+    samples = Path(hint.rpartition(": ")[2]).read_text().splitlines()
+    assert {json.loads(line)["rule"] for line in samples} == {"too_short"}
+
+
 @pytest.mark.slow
 def test_a_run_reads_a_dataset_version_and_gc_keeps_it(
     marrow: Marrow, csv_source: Path, tmp_path: Path
@@ -181,3 +233,19 @@ def test_a_run_reads_a_dataset_version_and_gc_keeps_it(
     again = marrow("run", TINY, "--set", "data.source=work@2")
     assert again.returncode == 0, again.stderr
     assert "cached" in again.stdout + again.stderr
+
+
+def test_a_tokenizer_that_is_taken_learned_nothing_and_is_known_by_its_bytes(
+    runs: Runs, tmp_path: Path
+) -> None:
+    taken = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        Tokenizer.train(["some text"], 330).save(tmp_path / name / "tokenizer.json")
+        pipeline = runs.start(f"tokenizer.file={tmp_path / name}")
+        (tmp_path / f"split-{name}").mkdir()
+        split = runs.store.publish("split", f"split {name}", tmp_path / f"split-{name}")
+        taken.append(pipeline.tokenizer(split))
+    assert taken[0].id == taken[1].id
+    assert taken[0].parents == ()
+    assert runs.told == [("tokenizer", "built"), ("tokenizer", "cached")]

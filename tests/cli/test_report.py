@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marrow.cli.report import (
+from marrow.cli.report import headline, page_of, write_report
+from marrow.cli.results import (
     DroppedRule,
     LineageEdge,
     LineageNode,
@@ -24,9 +25,6 @@ from marrow.cli.report import (
     Score,
     ServingFigures,
     StepReport,
-    headline,
-    page_of,
-    write_report,
 )
 from marrow.core.errors import SourceError
 

@@ -46,7 +46,8 @@ def key(*files: Path) -> str:
 def test_the_list_above_is_that_of_the_pipeline() -> None:
     text = Path(sys.modules[Pipeline.__module__].__file__ or "").read_text(encoding="utf-8")
     assert all(f'module="{module}"' in text for module in STEPS)
-    assert text.count('module="marrow.') == len(STEPS) + 1  # tokenizer and shards share a module
+    # The tokenizer, trained or taken, and the shards share a module.
+    assert text.count('module="marrow.') == len(STEPS) + 2
     assert all(f'also="{module}"' in text for module in ALSO.values())
     assert text.count('also="marrow.') == len(ALSO)
 
@@ -55,6 +56,7 @@ def test_the_list_above_is_that_of_the_pipeline() -> None:
     "module",
     [pytest.param(m, marks=pytest.mark.slow) if m.startswith(HEAVY) else m for m in (*STEPS, *ALSO.values())],
 )
+@pytest.mark.slow
 def test_a_step_knows_all_that_python_loads_for_it(module: str) -> None:
     """The interpreter is the oracle: what importing the module loads is in its closure."""
     found = closure(module)
@@ -95,9 +97,10 @@ def test_training_does_not_depend_on_serving_nor_on_how_rows_were_read() -> None
     assert not any(name.startswith(("serve/", "cli/")) for name in found)
     assert not found & {"store/store.py", "store/catalog.py"}  # of the store only bytes at a URL
     assert "data/ingest.py" not in found and "data/clean.py" not in found
-    assert not any(
-        name.startswith(("models/", "kernels/", "train/")) for name in closure("marrow.data.shards")
-    )
+    shards = closure("marrow.data.shards")
+    assert not any(name.startswith(("models/", "train/")) for name in shards)
+    kernels = {name for name in shards if name.startswith("kernels/") and name.endswith(".py")}
+    assert kernels == {"kernels/__init__.py", "kernels/gather_rows.py", "kernels/native.py"}  # a row's check
 
 
 def test_the_serve_step_depends_on_the_server_that_its_child_runs() -> None:

@@ -9,7 +9,8 @@ import pytest
 from marrow_process import TINY
 
 from marrow.cli.recipe import read_recipe
-from marrow.cli.report import RunReport, headline
+from marrow.cli.report import headline
+from marrow.cli.results import RunReport
 from marrow.cli.story import read_findings, tell
 from marrow.core.config import Recipe
 from marrow.core.records import Parent

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marrow.cli.report import MetricPoint, RunReport, Score, StepReport
+from marrow.cli.results import MetricPoint, RunReport, Score, StepReport
 from marrow.cli.tables import ADVICE, bottleneck, doctor_table, ledger_table, lineage_tree, run_table
 from marrow.core.span import Ledger, span
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from ordinary import ordinary_user
 
 from marrow.cli.target import find_artifact, find_model, find_version
 from marrow.core.errors import ArtifactNotFound, ModelError, StoreError
@@ -149,7 +150,7 @@ def test_a_source_that_is_there_goes_before_a_dataset(home: Path, reviews: list[
     assert version_of(home, "reviews@2") == reviews[1].id
 
 
-@pytest.mark.parametrize("source", ["python", "s3://bucket/reviews", "review*", "absent", "reviews@9"])
+@pytest.mark.parametrize("source", ["python", "s3://bucket/reviews", "review*", "absent"])
 def test_other_sources_are_no_dataset(home: Path, reviews: list[Artifact], source: str) -> None:
     assert version_of(home, source) is None
 
@@ -158,3 +159,21 @@ def test_a_source_of_another_kind_is_said(home: Path) -> None:
     publish(home, "export", MODEL, "tiny")
     with pytest.raises(StoreError, match="kind export, not a dataset"):
         version_of(home, "tiny")
+
+
+@pytest.mark.parametrize("source", ["reviews@7", "reviews~5"])
+def test_a_version_that_a_dataset_does_not_have_is_said(
+    home: Path, reviews: list[Artifact], source: str
+) -> None:
+    with pytest.raises(ArtifactNotFound, match="reviews"):
+        version_of(home, source)
+    assert version_of(home, "nothing@7") is None  # it may be a file that is not there
+
+
+def test_a_path_that_may_not_be_looked_at_is_no_version(home: Path) -> None:
+    Store.open(home).close()
+    locked = write(Path("locked"), {"a.csv": "t\nx\n"})
+    locked.chmod(0)
+    with ordinary_user():
+        assert version_of(home, "locked/a.csv") is None  # whoever reads it says why not
+    locked.chmod(0o700)

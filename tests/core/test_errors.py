@@ -78,6 +78,7 @@ EXPECTED = {
     errno.ENOENT: SourceError,
     errno.ENOTDIR: SourceError,
     errno.EISDIR: SourceError,
+    errno.EEXIST: SourceError,
 }
 
 
@@ -105,6 +106,14 @@ def test_other_refusals_pass_unchanged(number):
 def test_without_a_file_name_the_given_path_is_named():
     with pytest.raises(DiskFull, match="no space left at /here"), explain_os_errors("save", "/here"):
         raise OSError(errno.ENOSPC, "full")
+
+
+def test_a_temporary_is_not_named_but_its_target():
+    temporary, target = "/here/.tmp-1-abc", "/here/table"
+    with pytest.raises(SourceError, match=f"x: {target}: "), explain_os_errors("x", "/here"):
+        raise NotADirectoryError(errno.ENOTDIR, "not a directory", temporary, None, target)
+    with pytest.raises(DiskFull, match="no space left at /here/table"), explain_os_errors("x", target):
+        raise OSError(errno.ENOSPC, "full", temporary)
 
 
 def test_other_exceptions_pass_unchanged():
@@ -151,3 +160,10 @@ def test_every_error_in_the_source_that_a_user_can_act_on_has_a_message():
                     raised += 1
                     assert node.exc.args, f"{path}:{node.lineno}: {name} without a message"
     assert raised > 10
+
+
+@pytest.mark.parametrize(("doing", "said"), [("read the source", "readable"), ("write rows", "writable")])
+def test_the_hint_of_a_missing_permission_is_for_what_was_done(doing, said):
+    with pytest.raises(NotPermitted) as caught, explain_os_errors(doing, "here"):
+        raise PermissionError(errno.EACCES, "no")
+    assert said in str(caught.value.hint)

@@ -77,6 +77,7 @@ def test_parquet_files_of_different_schemas_make_one_table(tmp_path, read_rows):
     ]
 
 
+@pytest.mark.slow
 def test_a_column_of_the_wrong_type_in_one_of_many_files_loses_nothing(tmp_path, read_rows):
     source = tmp_path / "s"
     source.mkdir()

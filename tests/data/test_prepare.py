@@ -13,8 +13,9 @@ from marrow.data.clean import clean
 from marrow.data.config import DataRecipe, DecontaminateRecipe, DedupRecipe
 from marrow.data.engine import INLINE, Engine, Processes, Threads
 from marrow.data.ingest import ingest
-from marrow.data.prepare import MAX_SAMPLES, Tally, pieces_of
+from marrow.data.prepare import pieces_of
 from marrow.data.quality_config import LineRecipe, PiiRecipe, QualityRecipe
+from marrow.data.tally import MAX_SAMPLES
 
 WORDS = ["".join(letters) for letters in itertools.product("bdklm", "aeiou", "nrst", "aeiou")]
 
@@ -118,9 +119,10 @@ def test_no_sample_shows_personal_data(tmp_path, mixed):
         assert "4111" not in text
         assert "20718387" not in text
     findings = [json.loads(line) for line in (tmp_path / "a" / "out" / "pii.jsonl").read_text().splitlines()]
-    first = next(one for one in findings if one["kind"] == "email")
-    assert first["form"] == "xxxx00@xxxxxxx.xxx"
-    assert (first["file"], first["line"], first["action"]) == ("posts.jsonl", 13, "replace")
+    emails = [one for one in findings if one["kind"] == "email"]
+    assert {(one["file"], one["action"]) for one in emails} == {("posts.jsonl", "replace")}
+    assert all(one["form"].startswith("xxxx") and one["form"].endswith("@xxxxxxx.xxx") for one in emails)
+    assert [one["line"] for one in emails] == sorted({one["line"] for one in emails})
     assert max(sum(one["kind"] == kind for one in findings) for kind in ("email", "card")) == MAX_SAMPLES
 
 
@@ -149,6 +151,7 @@ def test_without_rules_texts_and_facts_are_bare(tmp_path):
 
 
 @pytest.mark.parametrize("make", [lambda: Threads(2), lambda: Processes(2)], ids=["threads", "processes"])
+@pytest.mark.slow
 def test_every_engine_gives_the_same_bytes(tmp_path, mixed, make):
     settings = everything(tmp_path)
     _, facts, _ = run(tmp_path / "inline", mixed, **settings)
@@ -167,19 +170,6 @@ def test_pieces_are_the_row_groups_in_order(tmp_path, mixed):
     pieces = pieces_of(tmp_path / "a" / "rows")
     assert len(pieces) > 3
     assert [piece.row_group for piece in pieces] == list(range(len(pieces)))
-
-
-def test_tallies_add_up_to_that_of_one_pass():
-    whole, parts = Tally(), [Tally() for _ in range(5)]
-    for i in range(100):
-        for tally in (whole, parts[i // 20]):
-            tally.drop("rule", i)
-            tally.show("rule", {"rule": "rule", "i": i})
-    total = Tally()
-    for part in parts:
-        total.add(part)
-    assert total == whole
-    assert [sample["i"] for sample in total.samples] == list(range(MAX_SAMPLES))
 
 
 def test_a_text_of_lines_that_all_go_is_too_short(tmp_path):

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from marrow.core.errors import DataError, NotPermitted, SourceError
-from marrow.data.quality_config import table_files
 from marrow.data.scan import BATCH_ROWS, open_tables
+from marrow.data.table_files import table_files
 
 TABLE = pa.table({"a": list(range(10)), "b": [f"s{i}" for i in range(10)]})
 
@@ -42,6 +42,7 @@ def test_every_format_gives_every_row_once_with_its_place(files):
     assert len(rows_of(*files)) == 60
 
 
+@pytest.mark.slow
 def test_batches_are_bounded_whatever_the_file_holds(tmp_path):
     table = pa.table({"a": pa.array(range(100_000)), "text": ["x" * 20] * 100_000})
     pq.write_table(table, tmp_path / "long.parquet", row_group_size=100_000)

@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -8,14 +9,16 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from marrow.core.config import load_recipe
-from marrow.core.errors import DataError, DiskFull, RecipeError, SourceError
+from marrow.core.errors import DataError, DiskFull, ModelError, RecipeError, SourceError
 from marrow.core.hashes import check_file, hash_file
 from marrow.data import shards as shards_module
 from marrow.data.engine import INLINE, Engine, Processes, Threads
 from marrow.data.manifest import Manifest
-from marrow.data.shards import train_tokenizer, write_shards
+from marrow.data.shards import take_tokenizer, train_tokenizer, write_shards
 from marrow.data.shards_config import ShardsRecipe
 from marrow.text.config import TokenizerRecipe
 from marrow.text.tokenizer import Tokenizer
@@ -383,3 +386,50 @@ def test_another_tokenizer_at_the_same_place_is_read_anew(tmp_path: Path) -> Non
         tokens = read_documents(tmp_path)
         assert tokenizer.decode(tokens[100]) == texts[0]
         assert len(tokens[100]) == len(tokenizer.encode(texts[0])) + 2
+
+
+def foreign(folder: Path, *, byte_level: bool) -> Path:
+    """Write a tokenizer of another maker."""
+    folder.mkdir()
+    if byte_level:
+        library = Library(models.BPE())
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        library.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer: Any = trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<end>", "<begin>"],
+            initial_alphabet=alphabet,
+            show_progress=False,
+        )
+    else:
+        library = Library(models.WordPiece(unk_token="[UNK]"))
+        names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+        trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=names, show_progress=False)
+    library.train_from_iterator(TEXTS, trainer)
+    library.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_tokenizer_of_another_maker_is_taken_as_it_is(tmp_path: Path) -> None:
+    folder = foreign(tmp_path / "theirs", byte_level=True)
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<begin>", "eos_token": "<end>"}')
+    for number, place in enumerate((folder, folder / "tokenizer.json")):
+        (out := tmp_path / f"taken-{number}").mkdir()
+        facts = take_tokenizer(place, out)
+        assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+        taken = Tokenizer.load(out)
+        assert (taken.bos_id, taken.eos_id, taken.vocab_size) == (1, 0, facts["vocab_size"])
+    split = write_split(tmp_path / "split", TEXTS)
+    (tmp_path / "shards").mkdir()
+    write_shards(ShardsRecipe(context=16), split, out, tmp_path / "shards")
+    decoded = [taken.decode(ids) for ids in read_documents(tmp_path / "shards").values()]
+    assert sorted(decoded) == sorted(TEXTS)
+
+
+def test_a_tokenizer_that_cannot_be_taken_is_said(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"no tokenizer\.json at .*absent"):
+        take_tokenizer(tmp_path / "absent", tmp_path)
+    with pytest.raises(ModelError, match="not byte-level") as caught:
+        take_tokenizer(foreign(tmp_path / "words", byte_level=False), tmp_path)
+    assert "byte-level" in str(caught.value.hint)

@@ -94,6 +94,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert faults[1] * 10 < faults[0]
 
 
+@pytest.mark.slow
 def test_the_roofline_has_a_row_for_every_path_of_every_op():
     rows = roofline.measure(seconds=0.002, scale=0.05)
     assert [(row["op"], row["path"]) for row in rows] == roofline.known()

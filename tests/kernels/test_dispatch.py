@@ -76,6 +76,7 @@ def test_the_public_op_follows_the_choice():
     assert {c.path for c in dispatch.choices() if c.op == "rms_norm"} == {"reference"}
 
 
+@pytest.mark.slow
 def test_the_environment_decides_in_a_fresh_process():
     program = (
         "import marrow.kernels.rms_norm, marrow.kernels.dispatch as d; print([c.path for c in d.choices()])"

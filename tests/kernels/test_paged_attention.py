@@ -67,7 +67,7 @@ CASES = {
 def test_it_equals_dense_attention_within_the_error_budget(path, case, dtype, within_budget):
     case = Case(*CASES[case], dtype=dtype)
     result = dispatch.paths("paged_attention")[path].function(*case.arguments())
-    within_budget(result, case.by_dense(dtype), case.by_dense())
+    assert within_budget(result, case.by_dense(dtype), case.by_dense())
 
 
 @pytest.mark.parametrize("path", PATHS)

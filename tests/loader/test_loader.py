@@ -289,6 +289,7 @@ def test_killed_at_any_time_it_goes_on_where_it_was(shards: Path, tmp_path: Path
     assert unique == [(b.samples.start, b.samples.stop, int(b.tokens_N.sum())) for b in unbroken]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_at_once_without_a_hanging_thread(shards: Path, tmp_path: Path) -> None:
     process = start_program(shards, tmp_path)
     wait_for_lines(tmp_path / "log", 3)

@@ -56,6 +56,7 @@ def test_ranks_together_read_the_global_order(
 
 @pytest.mark.parametrize("num_rows", [10_007, 8_000])
 @pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.slow
 def test_a_thousand_ranks_cover_an_epoch_evenly(num_rows: int, window: int | None) -> None:
     """Without a thousand machines: what each would read is a formula."""
     world, each = 1000, 4

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marrow.loader import seen as seen_module
+from marrow.loader.mixture import Mixture, Phase
 from marrow.loader.plan import FullShuffle, Order, WindowShuffle
-from marrow.loader.seen import Seen, times_seen
+from marrow.loader.seen import Seen, times_mixed, times_seen
 
 
 def slowly(order: Order, rows: list[int], start: int, stop: int, skip: list[tuple[int, int]]) -> Seen:
@@ -69,3 +70,45 @@ def test_whole_epochs_are_not_gone_through() -> None:
 
 def test_no_rows_are_never_seen() -> None:
     assert times_seen(FullShuffle(10, 0), np.empty(0, np.int64), 0, 100) == Seen(0, None)
+
+
+@st.composite
+def mixed_questions(draw: st.DrawFn) -> tuple[list[Order], list[Phase], int, int, list[int], int, int]:
+    sizes = draw(st.lists(st.integers(1, 60), min_size=1, max_size=4))
+    orders: list[Order] = [FullShuffle(size, seed) for seed, size in enumerate(sizes)]
+    starts = sorted(draw(st.sets(st.integers(1, 5_000), max_size=2)))
+    weights = st.lists(st.floats(0.05, 9), min_size=len(sizes), max_size=len(sizes))
+    phases = [Phase(start, tuple(draw(weights))) for start in (0, *starts)]
+    source = draw(st.integers(0, len(sizes) - 1))
+    rows = sorted(draw(st.sets(st.integers(0, sizes[source] - 1), max_size=3)))
+    edges = sorted(draw(st.tuples(*[st.integers(0, 7_000)] * 2)))
+    return orders, phases, draw(st.integers(0, 9)), source, rows, edges[0], edges[1]
+
+
+@settings(deadline=None, max_examples=150)
+@given(question=mixed_questions(), skip=st.lists(st.integers(0, 7_000), max_size=4, unique=True))
+def test_of_a_mixture_the_answer_is_that_of_going_through_all_positions(
+    question: tuple[list[Order], list[Phase], int, int, list[int], int, int], skip: list[int]
+) -> None:
+    orders, phases, seed, source, rows, start, stop = question
+    cuts = sorted(skip)
+    ranges = list(zip(cuts[::2], cuts[1::2], strict=False))
+    mixture = Mixture(orders, phases, seed)
+    found = times_mixed(
+        mixture.schedule, source, orders[source], np.array(rows, dtype=np.int64), start, stop, ranges
+    )
+    first_row = sum(order.num_rows for order in orders[:source])
+    assert found == slowly(mixture, [first_row + row for row in rows], start, stop, ranges)
+
+
+def test_of_a_long_run_on_a_mixture_little_is_computed() -> None:
+    """Of 10^12 positions only the edges; the two sources' counts add up to what was consumed."""
+    orders: list[Order] = [FullShuffle(1_000, 1), FullShuffle(7_000, 2)]
+    mixture = Mixture(orders, [Phase(0, (0.3, 0.7)), Phase(10**6, (0.5, 0.5))], 5)
+    stop = 10**12 + 77
+    counted = [
+        times_mixed(mixture.schedule, source, order, np.arange(order.num_rows), 0, stop)
+        for source, order in enumerate(orders)
+    ]
+    assert [seen.times for seen in counted] == list(mixture.counts(stop))
+    assert min(seen.first for seen in counted if seen.first is not None) == 0

@@ -13,10 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ordinary import ordinary_user
+from range_server import RangeServer
 from torch.utils.data import DataLoader
 
-from marrow.core.errors import DataError, UsageError
+from marrow.core.errors import DataError, NotPermitted, UsageError
 from marrow.loader.loader import Loader
+from marrow.loader.streaming.cache import Cache
 from marrow.loader.torch_dataset import LoaderDataset
 
 ROWS = 203
@@ -148,6 +151,7 @@ def test_a_state_of_something_else_is_refused(parquet: Path) -> None:
         (state | {"order": "window of 3 shards"}, "other order"),
         ({"position": 3}, "no state"),
         (state | {"position": "x"}, "no state"),
+        (state | {"position": -4}, "no state"),
     ):
         with pytest.raises(DataError, match=words):
             dataset(parquet).load_state_dict(other)
@@ -346,3 +350,26 @@ def test_lightning_trains_and_resumes_exactly(parquet: Path, tmp_path: Path) -> 
         first.save_checkpoint(str(tmp_path / "five.ckpt"))
         trainer(11).fit(Model(), dataset(parquet, prefetch=0), ckpt_path=str(tmp_path / "five.ckpt"))
     assert seen == ids(dataset(parquet))[:11]
+
+
+def test_shards_at_a_url_come_through_a_cache(shards: Path, tmp_path: Path) -> None:
+    here = [batch["input_ids"] for batch in LoaderDataset(shards, 4, seed=3)]
+    with RangeServer(shards.parent) as server:
+        url = f"{server.url}/{shards.name}"
+        with pytest.raises(UsageError, match="no cache"):
+            LoaderDataset(url, 4, seed=3)
+        data = LoaderDataset(url, 4, seed=3, cache=Cache(tmp_path / "cache", 1 << 20))
+        there = [batch["input_ids"] for batch in data]
+        data.reader.close()
+    assert len(there) == len(here)
+    assert all(torch.equal(a, b) for a, b in zip(there, here, strict=True))
+
+
+def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("a\n1\n")
+    with pytest.raises(DataError, match=r"rows\.csv is no Parquet file") as caught:
+        LoaderDataset(tmp_path / "rows.csv", 4)
+    assert "marrow run" in str(caught.value.hint)
+    (tmp_path / "locked").mkdir(mode=0)
+    with ordinary_user(), pytest.raises(NotPermitted, match="locked"):
+        LoaderDataset(tmp_path / "locked", 4)

@@ -26,18 +26,20 @@ SHAPE = {
     "initializer_range": 0.2,  # large, so that every part of the model matters to the logits
     "rms_norm_eps": 1e-5,
 }
-FAMILIES = {
-    "llama": transformers.LlamaConfig(**SHAPE),
-    "llama, other head size, theta, tied": transformers.LlamaConfig(
-        **SHAPE,
-        head_dim=16,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+FAMILIES = {  # a configuration's class and what it is given beside SHAPE
+    "llama": ("LlamaConfig", {}),
+    "llama, other head size, theta, tied": (
+        "LlamaConfig",
+        {
+            "head_dim": 16,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        },
     ),
-    "mistral": transformers.MistralConfig(**SHAPE, sliding_window=None),
-    "mistral, window beyond the context": transformers.MistralConfig(**SHAPE, sliding_window=64),
-    "qwen2": transformers.Qwen2Config(**SHAPE, tie_word_embeddings=True),
-    "qwen3": transformers.Qwen3Config(**SHAPE, head_dim=16),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "mistral, window beyond the context": ("MistralConfig", {"sliding_window": 64}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
 }
 # Both sides do the same fp32 products; only the order of sums differs: 1e-5 of logits around 1 to 10.
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -68,8 +70,15 @@ def tokenizer_folder(tmp_path):
     return folder
 
 
-def peer(config, seed=0):
+def config_of(family):
+    """Make the configuration; not at import, which would cost every test process three seconds."""
+    name, fields = FAMILIES[family]
+    return getattr(transformers, name)(**SHAPE, **fields)
+
+
+def peer(family, seed=0):
     """A random transformers model, norms and biases included."""
+    config = config_of(family)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -90,7 +99,7 @@ def decoder(tiny):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_we_load_what_transformers_saves_and_give_the_same_logits(family, tmp_path, tokens, logits_of):
-    model = peer(FAMILIES[family])
+    model = peer(family)
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         ours = logits_of(huggingface.load(tmp_path, torch.float32), tokens)
@@ -162,7 +171,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(decoder, tokenizer_folder,
 
 
 def test_shards_of_weights_are_read_as_one(tmp_path, tokens, logits_of):
-    model = peer(FAMILIES["llama"])
+    model = peer("llama")
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     with torch.no_grad():
@@ -212,7 +221,7 @@ def test_a_lacking_field_is_named(tiny):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_configs_survive_both_maps(family):
-    config = huggingface.from_config(FAMILIES[family].to_dict())
+    config = huggingface.from_config(config_of(family).to_dict())
     assert huggingface.from_config(huggingface.to_config(config)) == config
 
 
@@ -263,7 +272,7 @@ def test_a_missing_file_is_named(name, decoder, tmp_path):
 
 
 def test_a_missing_shard_is_named(tmp_path):
-    peer(FAMILIES["llama"]).save_pretrained(tmp_path, max_shard_size="20KB")
+    peer("llama").save_pretrained(tmp_path, max_shard_size="20KB")
     lost = sorted(tmp_path.glob("*.safetensors"))[1]
     lost.unlink()
     with pytest.raises(ModelError, match=lost.name):

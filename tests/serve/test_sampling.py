@@ -19,29 +19,29 @@ def frequencies(logits_V: torch.Tensor, sampling: Sampling, count: int = 20_000)
     return torch.bincount(torch.tensor(tokens), minlength=len(logits_V)) / count
 
 
-def assert_distribution(measured_V: torch.Tensor, expected_V: torch.Tensor, count: int = 20_000) -> None:
+def is_drawn_from(measured_V: torch.Tensor, expected_V: torch.Tensor, count: int = 20_000) -> bool:
     # 5 standard deviations of a binomial share: the seed is fixed, so this passes for ever or never.
     tolerance_V = 5 * (expected_V * (1 - expected_V) / count).sqrt() + 1e-9
-    assert ((measured_V - expected_V).abs() <= tolerance_V).all()
+    return bool(((measured_V - expected_V).abs() <= tolerance_V).all())
 
 
 def test_the_draw_follows_the_softmax() -> None:
     logits_V = rows(1, 12)[0]
-    assert_distribution(frequencies(logits_V, Sampling(temperature=1.0)), logits_V.softmax(-1))
-    assert_distribution(frequencies(logits_V, Sampling(temperature=0.5)), (logits_V / 0.5).softmax(-1))
+    assert is_drawn_from(frequencies(logits_V, Sampling(temperature=1.0)), logits_V.softmax(-1))
+    assert is_drawn_from(frequencies(logits_V, Sampling(temperature=0.5)), (logits_V / 0.5).softmax(-1))
 
 
 def test_top_k_keeps_the_k_likeliest() -> None:
     logits_V = rows(1, 12)[0]
     kept = torch.zeros(12).index_fill(0, logits_V.topk(3).indices, 1)
     expected_V = logits_V.softmax(-1) * kept
-    assert_distribution(frequencies(logits_V, Sampling(top_k=3)), expected_V / expected_V.sum())
+    assert is_drawn_from(frequencies(logits_V, Sampling(top_k=3)), expected_V / expected_V.sum())
 
 
 def test_top_p_keeps_the_least_set_that_reaches_p() -> None:
     logits_V = torch.tensor([0.1, 0.5, 0.25, 0.15]).log()
     expected_V = torch.tensor([0.0, 2 / 3, 1 / 3, 0.0])
-    assert_distribution(frequencies(logits_V, Sampling(top_p=0.6)), expected_V)
+    assert is_drawn_from(frequencies(logits_V, Sampling(top_p=0.6)), expected_V)
     assert frequencies(logits_V, Sampling(top_p=1e-6), 100).tolist() == [0, 1, 0, 0]
 
 

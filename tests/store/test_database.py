@@ -93,6 +93,7 @@ def test_two_processes_make_one_schema(home: Path, catalog_url: str, spawn: Call
         child.result()
 
 
+@pytest.mark.slow
 def test_writers_in_two_processes_lose_no_update(
     home: Path, catalog_url: str, database: Database, spawn: Callable[..., Any]
 ) -> None:

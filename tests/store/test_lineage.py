@@ -88,6 +88,7 @@ def test_graphviz_reads_it_whatever_the_names_are(
     artifact = catalog.add(make_artifact("odd", kind='a "quoted\\ kind'))
     text = to_dot(trace(catalog, artifact))
     subprocess.run(["dot", "-Tsvg", "-o", tmp_path / "x.svg"], input=text, text=True, check=True)
+    assert "quoted" in (tmp_path / "x.svg").read_text(encoding="utf-8")
 
 
 def test_quotes_in_labels_are_escaped(catalog: Catalog, make_artifact: Make) -> None:

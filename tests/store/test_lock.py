@@ -1,9 +1,14 @@
+import errno
+import fcntl
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from marrow.core.errors import ResourceError
 from marrow.store.lock import FileLock
 
 HOLD = """
@@ -126,3 +131,94 @@ def test_a_lock_file_left_by_a_killed_process_is_no_obstacle(tmp_path: Path) -> 
     said: list[str] = []
     with FileLock(path, say=said.append):
         assert said == []
+
+
+def test_releasing_twice_and_what_was_never_taken_is_fine(tmp_path: Path) -> None:
+    lock = FileLock(tmp_path / "a.lock")
+    lock.release()
+    assert lock.try_acquire()
+    lock.release()
+    lock.release()
+    assert lock.try_acquire(), "and it can be taken again"
+    lock.release()
+
+
+def test_an_error_inside_frees_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.lock"
+    with pytest.raises(ValueError, match="inside"), FileLock(path):
+        raise ValueError("inside")
+    assert FileLock(path).try_acquire()
+
+
+def test_a_disk_that_takes_no_signature_stops_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    said: list[str] = []
+    with FileLock(tmp_path / "a.lock", doing="building shards"):
+        assert not FileLock(tmp_path / "a.lock", say=said.append).try_acquire()
+    assert said == [], "only who waits is told"
+
+
+@pytest.mark.parametrize("refused", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_folder_that_takes_no_lock_is_an_error_with_a_hint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: int
+) -> None:
+    def refuse(path: Path, *_: object) -> int:
+        raise OSError(refused, os.strerror(refused), str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(ResourceError, match="cannot lock the store") as caught:
+        FileLock(tmp_path / "a.lock").try_acquire()
+    assert "MARROW_HOME" in caught.value.hint
+
+
+def test_an_interrupted_wait_leaves_no_descriptor_and_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes while the kernel is asked: the file is closed again, the next one gets the lock."""
+    path = tmp_path / "a.lock"
+    before = len(os.listdir("/proc/self/fd"))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            FileLock(path).try_acquire()
+    assert len(os.listdir("/proc/self/fd")) == before
+    with FileLock(path):
+        assert not FileLock(path).try_acquire()
+
+
+def test_a_lock_on_a_file_that_lost_its_name_is_not_taken_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its holder removed it before this process got the lock: it must lock the file that is there now."""
+    path = tmp_path / "a.lock"
+    real, taken = fcntl.flock, []
+
+    def flock(descriptor: int, mode: int) -> None:
+        real(descriptor, mode)
+        taken.append(os.fstat(descriptor).st_ino)
+        if len(taken) == 1:
+            path.rename(tmp_path / "away")  # keeps its inode, so that the next file has another
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with FileLock(path):
+        assert len(taken) == 2
+        assert path.stat().st_ino == taken[1] != taken[0]
+        assert not FileLock(path).try_acquire()
+    assert not path.exists()
+
+
+def test_the_file_says_who_holds_it_and_what_for(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / "a.lock"
+    with FileLock(path, doing="building shards"):
+        assert path.read_text() == f"{os.getpid()} building shards"
+    with FileLock(path, shared=True):
+        assert path.read_text() == "", "one of many says nothing"

@@ -142,6 +142,7 @@ def test_threads_that_meet_unicode_at_once_all_know_it(library: Library) -> None
 
 
 @pytest.mark.parametrize("unit", ["xyzab", pytest.param(" ", marks=pytest.mark.slow), "é"])
+@pytest.mark.slow
 def test_a_huge_word_takes_time_in_proportion(bpe: Bpe, unit: str) -> None:
     """10 MB without a cut: a merge that tries all pairs again for each would take days."""
     text = (unit * 10_000_000)[:10_000_000]

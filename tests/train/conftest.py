@@ -42,11 +42,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_measurement() -> Iterator[None]:
+@pytest.fixture(scope="session")
+def measured_once() -> Callable[[], device.DtypeChoice]:
+    return functools.cache(device.choose_dtype)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_measurement(measured_once: Callable[[], device.DtypeChoice]) -> Iterator[None]:
     """Measure this machine's matrix products once, not for half a second at the start of each run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device, "choose_dtype", functools.cache(device.choose_dtype))
+        patch.setattr(device, "choose_dtype", measured_once)
         yield
 
 

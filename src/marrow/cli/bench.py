@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -13,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from marrow.cli import console
-from marrow.core.errors import DataError, ServeError, UsageError
+from marrow.core.errors import DataError, ServeError, UsageError, explain_os_errors
 from marrow.core.files import atomic_file
 
 if TYPE_CHECKING:
     from marrow.loader.sweep import Batches, Measured, Setting
+
+
+CACHE_BYTES = 1 << 30  # of the shards of a URL, while they are measured
 
 
 @click.group("bench")
@@ -143,7 +147,7 @@ def loader(
             )
     advice = _advice(best)
     if html is not None:
-        with atomic_file(html, "w") as file:
+        with explain_os_errors("write the page", html), atomic_file(html, "w") as file:
             file.write(sweep.page(f"Loader: {source or 'made-up rows'}", measured, by_size, advice))
     if as_json:
         found: dict[str, Any] = {
@@ -209,6 +213,7 @@ def _open_loader(
     from marrow.loader.loader import Loader
     from marrow.loader.reader import ShardReader
     from marrow.loader.samples import Collate
+    from marrow.loader.streaming.cache import Cache
     from marrow.loader.sweep import resized
     from marrow.loader.torch_dataset import open_source
     from marrow.store.remote.client import is_url
@@ -219,7 +224,9 @@ def _open_loader(
         "window": setting.window,
     }
     if is_url(where) and not where.startswith("file:"):
-        return Loader(where, batch_rows, 0, **options)
+        cache = folder / "cache"  # begun anew, so that each setting fetches what it reads
+        shutil.rmtree(cache, ignore_errors=True)
+        return Loader(where, batch_rows, 0, cache=Cache(cache, CACHE_BYTES), **options)
     reader = open_source(where, columns)
     if setting.rows_of_shard is not None:
         copy = folder / f"rows-{setting.rows_of_shard}"

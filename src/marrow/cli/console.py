@@ -123,7 +123,7 @@ def describe(
 def quantity(value: float) -> str:
     """Write a number with three digits and a unit prefix: 1.43k, 12.1M."""
     for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
+        if float(f"{abs(value):.3g}") >= limit:  # 999.9 is written 1k, not 1e+03
             return f"{value / limit:.3g}{suffix}"
     return f"{value:.3g}"
 

@@ -1,12 +1,35 @@
 """The flags --engine and --workers: how the pieces of a data step are run, never what comes out."""
 
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
 
 from marrow.core.errors import UsageError
 from marrow.data.engine import INLINE, Engine, Processes, Threads
 
 NAMES = "inline, threads, processes, ray or ray:ADDRESS"
 MOST_BY_DEFAULT = 16
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def engine_options(what: str) -> Callable[[Command], Command]:
+    """Give a command the flags, as parameters engine_name and workers. what: what is done."""
+    engine = click.option(
+        "--engine",
+        "engine_name",
+        default="inline",
+        show_default=True,
+        metavar="NAME",
+        help=f"Who {what}: {NAMES}.",
+    )
+    workers = click.option(
+        "--workers", type=click.IntRange(0), default=0, show_default="one a CPU", help="Of the engine."
+    )
+    return lambda command: engine(workers(command))
 
 
 def engine_of(name: str, workers: int = 0) -> Engine:

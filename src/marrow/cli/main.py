@@ -11,7 +11,7 @@ import click
 
 from marrow import __version__
 from marrow.cli.verbs import Verbs
-from marrow.core.errors import Interrupted, MarrowError
+from marrow.core.errors import Interrupted, MarrowError, refusal_of
 
 # PERF: libgomp's waiting threads spin 300,000 times before they sleep. Beside another busy process even
 # 200,000 make a training step on two threads 12 times slower (999 for 84 ms). With 10,000 turns it is 295 ms
@@ -75,6 +75,9 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and (told := refusal_of(error, "go on", str(error.filename))):
+            click.echo(f"error: {told}", err=True)
+            return told.exit_code
         click.echo(f"error: {type(error).__name__}: {error}", err=True)
         click.echo("hint: this is a bug in Marrow; --debug shows the traceback for a report", err=True)
         return 1

@@ -1,7 +1,7 @@
-"""The shards that a recipe's `[loader.mixture]` names: the run's own, artifacts of the store, folders.
+"""The shards that a recipe's `[loader.mixture]` names: the run's own, artifacts of the store, folders, URLs.
 
 Artifacts become parents of the training step, so that lineage reaches their rows too; of a folder
-only the check of its manifest can be noted.
+or URL only the check of its manifest can be noted. Shards at URLs are fetched while they are trained on.
 """
 
 from collections.abc import Mapping
@@ -13,9 +13,13 @@ from marrow.core.hashes import hash_file
 from marrow.core.records import Artifact
 from marrow.data.manifest import FILE_NAME as MANIFEST_FILE
 from marrow.loader.config import LoaderRecipe
+from marrow.loader.far_folder import far_folder
+from marrow.loader.streaming.cache import Cache
+from marrow.store.remote.client import is_url
 from marrow.store.store import Store
 
 OWN = "shards"
+CACHE = "cache"  # in the store's folder: shards of URLs
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +46,24 @@ class Sources:
 
 
 def find_sources(recipe: LoaderRecipe, store: Store) -> Sources:
-    """Find the shards of a mixture's sources. Raises: ArtifactNotFound, UsageError."""
+    """Find the shards of a mixture's sources; of those at a URL the manifest is fetched.
+
+    Raises: ArtifactNotFound, UsageError; SourceError for a URL without shards.
+    """
     parents: dict[str, Artifact] = {}
     roles: dict[str, str] = {}
     folders: dict[str, Path] = {}
+    num_far = sum(is_url(source.shards) for source in recipe.mixture.values())
     for name, source in recipe.mixture.items():
         path = Path(source.shards)
         if not source.shards:
             roles[name] = OWN
         elif (path / MANIFEST_FILE).is_file():
             folders[name] = path.absolute()
+        elif is_url(source.shards):
+            # Not one for all: a batch may need shards of several, which would wait for each other's room.
+            cache = Cache(store.home / CACHE / name, recipe.cache_bytes // num_far)
+            folders[name] = far_folder(source.shards, cache)
         elif path.is_dir() or "://" in source.shards:
             raise UsageError(
                 f"loader.mixture.{name}.shards = {source.shards!r} is no folder of shards: it has no "

@@ -12,9 +12,11 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from marrow.cli import console
+from marrow.cli.consumption import note
 from marrow.cli.mixture import find_sources
 from marrow.cli.recipe import LoadRecipe, ReportRecipe
 from marrow.cli.report import write_report
@@ -22,6 +24,7 @@ from marrow.cli.sources import source_files
 from marrow.cli.story import tell
 from marrow.cli.target import find_version
 from marrow.core.config import Recipe
+from marrow.core.hashes import hash_file
 from marrow.core.progress import Progress
 from marrow.core.records import Artifact, Parent
 from marrow.core.span import span
@@ -33,6 +36,7 @@ from marrow.loader.config import LoaderRecipe
 from marrow.loader.config import settings_of as order_settings
 from marrow.models.config import ModelConfig
 from marrow.serve.config import ServeRecipe
+from marrow.store.datasets.dataset import label
 from marrow.store.points import PointLog
 from marrow.store.runs import RunStep
 from marrow.store.steps import Step, StepResult, Watcher, Workspace, run_step
@@ -75,7 +79,7 @@ class Pipeline:
             parents={"rows": rows},
             config=settings_of(data, "clean"),
             build=lambda clean, work, progress: clean.clean(
-                data, work.inputs["rows"], work.out, progress, engine=self.engine
+                data, work.inputs["rows"], work.out, progress, work=work.work, engine=self.engine
             ),
         )
         split = self.step(
@@ -110,24 +114,29 @@ class Pipeline:
         """Read the source: files, the interpreter's own documentation, or a version of a dataset."""
         version = find_version(self.store, data.source)
         python = {"python": platform.python_version()} if data.source == PYTHON else {}
+        settings = settings_of(data, "ingest")
+        if version:  # the parent says what is read, whichever of its names the recipe uses
+            del settings["source"]
 
         def build(ingest: Any, work: Workspace, progress: Progress) -> Mapping[str, Any]:
             source = str(work.inputs["source"]) if version else data.source
             found = ingest.ingest(replace(data, source=source), work.out, progress, engine=self.engine)
-            return {**found, "source": data.source}
+            return {**found, "source": label(self.store.catalog, version) if version else data.source}
 
         return self.step(
             "ingest",
             module="marrow.data.ingest",
             parents={"source": version} if version else {},
-            config=[settings_of(data, "ingest"), None if version else fingerprint(data)],
+            config=[settings, None if version else fingerprint(data)],
             environment=python,
             build=build,
         )
 
     def tokenizer(self, split: Artifact) -> Artifact:
-        """Train the tokenizer on the training documents."""
+        """Train the tokenizer on the training documents, or take one that is there."""
         recipe = self.recipe.section(TokenizerRecipe)
+        if recipe.file:
+            return self.taken_tokenizer(Path(recipe.file).expanduser())
         return self.step(
             "tokenizer",
             module="marrow.data.shards",
@@ -137,6 +146,19 @@ class Pipeline:
             build=lambda shards, work, progress: shards.train_tokenizer(
                 recipe, work.inputs["split"], work.out, progress
             ),
+        )
+
+    def taken_tokenizer(self, path: Path) -> Artifact:
+        """Take a tokenizer that somebody else made: it is known by its bytes, wherever it lies."""
+        from marrow.data.shards import tokenizer_files
+
+        files = {name: hash_file(file) for name, file in tokenizer_files(path).items()}
+        return self.step(
+            "tokenizer",
+            module="marrow.data.shards",
+            config=files,
+            environment={"tokenizers": version("tokenizers")},
+            build=lambda shards, work, _: shards.take_tokenizer(path, work.out),
         )
 
     def shards(self, split: Artifact, tokenizer: Artifact) -> Artifact:
@@ -172,7 +194,7 @@ class Pipeline:
             placed = sources.place(loader, work.inputs)
             facts: Mapping[str, Any] = loop.train(recipe, model, *folders, progress, log, loader=placed)
             for role in sorted(sources.used()):
-                work.used(role, **{key: facts[key] for key in ("seed", "samples", "order")})
+                work.used(role, **note(loader, sources, role, facts))
             return facts
 
         return self.step(

@@ -11,7 +11,8 @@ from pathlib import Path
 import click
 
 from marrow.cli import console
-from marrow.cli.engine import NAMES, engine_of
+from marrow.cli.data_notes import notes_of
+from marrow.cli.engine import engine_of, engine_options
 from marrow.cli.pipeline import REPORT, Pipeline
 from marrow.cli.recipe import read_recipe
 from marrow.cli.story import read_findings, tell
@@ -27,15 +28,7 @@ from marrow.store.store import Store
 @click.command("run")
 @click.argument("path", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value.")
-@click.option(
-    "--engine",
-    "engine_name",
-    default="inline",
-    show_default=True,
-    metavar="NAME",
-    help=f"Who does the data steps: {NAMES}. The artifacts are the same.",
-)
-@click.option("--workers", type=click.IntRange(0), default=0, show_default="one a CPU", help="Of the engine.")
+@engine_options("does the data steps; the artifacts are the same")
 @click.option("--json", "as_json", is_flag=True, help="Print all results as JSON on stdout.")
 def command(path: Path, overrides: tuple[str, ...], engine_name: str, workers: int, as_json: bool) -> None:
     """Run RECIPE: every step, or only those whose inputs changed since the last run."""
@@ -72,6 +65,5 @@ def finished(kind: str, result: StepResult) -> None:
     """Say that a step is done."""
     what = {"built": "done in", "cached": "cached, verified in", "rebuilt": "rebuilt in"}[result.status]
     console.say(f"{kind:<11} {what} {console.duration(result.wall_s)}")
-    if broken := result.artifact.facts.get("broken_rows"):
-        place = f"quarantine.jsonl of {result.artifact.id[:12]}"
-        console.say(f"{'':<11} broken rows set aside with their line numbers: {broken:,}, in {place}")
+    for line in notes_of(result.artifact):
+        console.say(f"{'':<11} {line}")

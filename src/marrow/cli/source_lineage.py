@@ -16,7 +16,6 @@ Each artifact gets one effect:
     untouched   it comes later on the way, and has nothing of it
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +33,6 @@ from marrow.store.store import Store
 HOLDS, LEARNED, MEASURED, UNTOUCHED = "holds", "learned", "measured", "untouched"
 _STRENGTH = [UNTOUCHED, MEASURED, HOLDS, LEARNED]
 _ALL = 1 << 31
-_WINDOW = re.compile(r"window of (\d+) shards")
 _MEASURES = {"evaluate"}  # kinds whose files are figures
 
 _TRAINED = {"train", "tokenizer"}
@@ -123,22 +121,20 @@ class _Walk:
 
     def _consumed(self, artifact: Artifact, shards: Parent) -> dict[str, Any]:
         """Say how often a training run consumed rows that hold the file."""
+        from marrow.cli.consumption import seen
         from marrow.data.manifest import Manifest
         from marrow.data.origin import packed_rows
-        from marrow.loader.seen import Seen, times_seen
 
         made_of = self.store.get(shards.artifact_id)
         folder = self.store.view(made_of)
         ids = [self.train_ids[p.artifact_id] for p in made_of.parents if p.artifact_id in self.train_ids]
         rows, _ = packed_rows(folder, np.concatenate([np.empty(0, np.int64), *ids]))
         detail = shards.detail
-        order = _order(Manifest.read(folder), detail)
-        if order is None:  # what was consumed is not known: then all of it may have been
+        found = seen(detail, [shard.num_rows for shard in Manifest.read(folder).shards], rows)
+        if found is None:  # what was consumed is not known: then all of it may have been
             return {"times": len(rows), "first_position": None, "samples": None, "exact": False}
-        start, stop = detail["samples"]
-        seen: Seen = times_seen(order, rows, start, stop, [tuple(pair) for pair in detail.get("skip", ())])
-        place = {"seed": detail["seed"], "samples": [start, stop], "exact": True}
-        return {"times": seen.times, "first_position": seen.first, **place}
+        place = {"seed": detail["seed"], "samples": list(detail["samples"]), "exact": True}
+        return {"times": found.times, "first_position": found.first, **place}
 
     def _by_tokenizer(self, artifact: Artifact, effect: str) -> dict[str, Any]:
         """Note a model that never saw the file, but whose tokenizer did."""
@@ -198,7 +194,9 @@ def _versions_with(store: Store, wanted: str) -> Iterator[dict[str, Any]]:
     """Yield the dataset versions that hold a file of that name, or under any name with its bytes."""
     path = Path(wanted)
     digest = hash_file(path) if path.is_file() else None
-    named = {name.artifact_id: str(name) for name in store.catalog.names()}
+    named: dict[str, list[str]] = {}
+    for name in store.catalog.names():
+        named.setdefault(name.artifact_id, []).append(str(name))
     for version in reversed(store.catalog.latest(kind=DATASET, limit=_ALL)):
         files = [
             entry.name
@@ -206,11 +204,10 @@ def _versions_with(store: Store, wanted: str) -> Iterator[dict[str, Any]]:
             if entry.name == wanted or entry.name.endswith(f"/{wanted}") or entry.sha256 == digest
         ]
         if files:
-            names = [named[version.id]] if version.id in named else []
             yield {
                 "id": version.id,
                 "kind": DATASET,
-                "names": names,
+                "names": named.get(version.id, []),
                 "effect": HOLDS,
                 "files": files[:100],
                 "num_files": len(files),
@@ -251,7 +248,9 @@ def forget_as_text(answer: Mapping[str, Any]) -> str:
     """Write the answer to a delete request for a person."""
     if not answer["seen"]:
         return f"{_what(answer)}: never seen by this store; there is nothing to forget"
-    lines = [f"to forget {_what(answer)}:", f"  remove it from the source: {', '.join(answer['sources'])}"]
+    lines = [f"to forget {_what(answer)}:"]
+    if answer["sources"]:
+        lines.append(f"  remove it from the source: {', '.join(answer['sources'])}")
     lines += [
         f"  {one['kind']:<10} {_label(one)}  {one['action']}: {one['why']}" for one in answer["actions"]
     ]
@@ -298,7 +297,7 @@ def _action(one: Mapping[str, Any]) -> str:
 
 def _why_train(one: Mapping[str, Any]) -> str:
     runs = one["consumed"]
-    if one["times_seen"] and not all(run["exact"] for run in runs):  # a mixture, or another's edge
+    if one["times_seen"] and not all(run["exact"] for run in runs):  # an edge that does not tell
         return f"may have consumed it: {one['times_seen']:,} of the packed rows that it drew from hold it"
     if one["times_seen"]:
         samples = [f"{run['samples'][0]:,} to {run['samples'][1]:,}" for run in runs if run["samples"]]
@@ -307,20 +306,6 @@ def _why_train(one: Mapping[str, Any]) -> str:
         return f"consumed it {one['times_seen']:,} times in samples {', '.join(samples)}{at}"
     tokenizer = ", but its tokenizer counted it" if one["tokenizer_learned"] else ""
     return f"consumed none of its rows{tokenizer}"
-
-
-def _order(manifest: Any, detail: Mapping[str, Any]) -> Any:
-    """Return the order that a training run's edge speaks of; None if it does not say."""
-    from marrow.loader.plan import FullShuffle, WindowShuffle
-
-    if "seed" not in detail or "samples" not in detail:
-        return None
-    name = str(detail.get("order", "full"))
-    if name == "full":
-        return FullShuffle(manifest.num_rows, detail["seed"])
-    if window := _WINDOW.fullmatch(name):
-        return WindowShuffle([shard.num_rows for shard in manifest.shards], detail["seed"], int(window[1]))
-    return None
 
 
 def _label(one: Mapping[str, Any]) -> str:

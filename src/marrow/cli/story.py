@@ -12,7 +12,7 @@ from typing import Any
 
 from marrow import __version__
 from marrow.cli import config as config_verb
-from marrow.cli.report import (
+from marrow.cli.results import (
     DroppedRule,
     LineageEdge,
     LineageNode,

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from marrow.cli.console import duration, size
-from marrow.cli.report import RunReport, headline
+from marrow.cli.report import headline
+from marrow.cli.results import RunReport
 from marrow.core.page import visible
 
 if TYPE_CHECKING:

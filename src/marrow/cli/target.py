@@ -1,6 +1,8 @@
 """What a word on the command line means: a path, else a name of the catalog, else an id prefix."""
 
 import glob
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,11 +53,18 @@ def find_version(store: Store, source: str) -> Artifact | None:
     """Find the dataset version that a recipe's `data.source` names; None if it means something else.
 
     A path that is there comes first, as everywhere.
-    Raises: StoreError if it names an artifact that is no dataset.
+    Raises: StoreError if it names an artifact that is no dataset; ArtifactNotFound for a version that a
+        dataset of that name does not have.
     """
-    if source == PYTHON or "://" in source or glob.has_magic(source) or Path(source).expanduser().exists():
+    # Of a path that may not be looked at, the reader of the source tells.
+    is_file = os.path.exists(Path(source).expanduser())
+    if source == PYTHON or "://" in source or glob.has_magic(source) or is_file:
         return None
+    versions = Versions(store)
     try:
-        return Versions(store).resolve(source)
+        return versions.resolve(source)
     except ArtifactNotFound:
+        name = re.split("[@~]", source, maxsplit=1)[0]
+        if name != source and store.catalog.names(name=name):
+            raise
         return None

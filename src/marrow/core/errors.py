@@ -145,27 +145,40 @@ class Interrupted(Exception):
 def explain_os_errors(doing: str, path: Path | str) -> Iterator[None]:
     """Turn the operating system's refusals inside the block into errors with a hint.
 
-    Args: doing: what the block does, as in "write the checkpoint". path: where.
+    Args: doing: what the block does, as in "write the checkpoint"; what begins with "read" needs no
+        more than to be readable. path: where.
     Raises: DiskFull, NotPermitted, SourceError; any other OSError passes unchanged.
     """
     try:
         yield
     except OSError as error:
-        where = error.filename if isinstance(error.filename, str) else str(path)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(
-                f"cannot {doing}: no space left at {where}",
-                hint="free some space, or set MARROW_HOME to a folder on a larger disk; "
-                "then run the same command again, finished work is kept",
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise NotPermitted(
-                f"cannot {doing}: no permission at {where}",
-                hint="make the folder writable, or set MARROW_HOME to a folder that you own",
-            ) from error
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        # A temporary beside its target says nothing to a user.
+        named = [name for name in (error.filename, error.filename2) if isinstance(name, str)]
+        where = next((name for name in named if not Path(name).name.startswith(".tmp-")), str(path))
+        if refusal := refusal_of(error, doing, where):
+            raise refusal from error
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
             raise SourceError(
                 f"cannot {doing}: {where}: {(error.strerror or 'not found').lower()}",
                 hint="check the path; relative paths start at the working folder",
             ) from error
         raise
+
+
+def refusal_of(error: OSError, doing: str, where: str) -> ResourceError | None:
+    """Return what a full disk or a missing permission is told as; None for all else."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(
+            f"cannot {doing}: no space left at {where}",
+            hint="free some space, or set MARROW_HOME to a folder on a larger disk; "
+            "then run the same command again, finished work is kept",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        reads = doing.startswith("read")
+        return NotPermitted(
+            f"cannot {doing}: no permission at {where}",
+            hint="make it readable for you, its folder too"
+            if reads
+            else "make the folder writable, or set MARROW_HOME to a folder that you own",
+        )
+    return None

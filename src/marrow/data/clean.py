@@ -7,11 +7,12 @@ Pieces are made by an engine; the documents are the same bytes whichever it is. 
 set aside in a scratch file, so that texts are made and judged once and no pass holds more than a few
 pieces.
 
-Every row that does not stay is counted under what dropped it, and the first of each kind are
-written to dropped.jsonl with their place. Every document keeps its place: source file and line,
+Every row that does not stay is counted under what dropped it, and a fair sample of each kind is
+written to dropped.jsonl with its place (`tally.py`). Every document keeps its place: source file and line,
 and the row group and row of the rows file it comes from.
 """
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,33 +35,40 @@ from marrow.data.documents import DROPPED as DROPPED
 from marrow.data.documents import FINDINGS, NOTES
 from marrow.data.documents import ROWS as ROWS
 from marrow.data.engine import INLINE, Engine
+from marrow.data.keys import mix
 from marrow.data.prepare import (
     CANDIDATE_SCHEMA,
-    MAX_SAMPLES,
     Road,
-    Tally,
     Work,
     evaluations_of,
     pieces_of,
     road_of,
-    write_samples,
 )
-from marrow.data.quality.expectations import EXPECTATIONS, check_expectations
+from marrow.data.quality.expectations import check_expectations
 from marrow.data.quality.pii import scrubber
+from marrow.data.quality.report import EXPECTATIONS
 from marrow.data.tables import ParquetFile, open_table, parts
+from marrow.data.tally import MAX_SAMPLES, Tally
 
 
 def clean(
-    recipe: DataRecipe, rows: Path, out: Path, progress: Progress = silent, *, engine: Engine = INLINE
+    recipe: DataRecipe,
+    rows: Path,
+    out: Path,
+    progress: Progress = silent,
+    *,
+    work: Path | None = None,
+    engine: Engine = INLINE,
 ) -> dict[str, Any]:
     """Make documents.parquet and dropped.jsonl in `out` from the rows files in `rows`.
 
-    With expectations there is an expectations.json, also if they do not hold; with rules for
-    personal data a pii.jsonl, whose samples are masked; samples of lines that went, and of contamination
-    that is only reported, are in notes.jsonl.
+    With expectations there is an expectations.json; with rules for personal data a pii.jsonl, whose
+    samples are masked; samples of lines that went, and of contamination that is only reported, are in
+    notes.jsonl.
 
-    Args: engine: what makes candidates and signatures of pieces; the files are the same bytes
-        whichever it is.
+    Args: work: a folder that outlives a failure, `out` by default: there lies the expectations.json
+        of expectations that do not hold, and the dropped.jsonl if every row was dropped. engine:
+        what makes candidates and signatures of pieces; the files are the same bytes whichever it is.
     Returns: facts: rows, documents, bytes, clusters, and what each rule dropped.
     Raises: DataError for an unknown column, for expectations that do not hold, or if no document is
         left.
@@ -68,11 +76,12 @@ def clean(
     """
     facts: dict[str, Any] = {}
     if recipe.expect:
-        report = check_expectations(parts(rows, ROWS), recipe.expect, progress, spill=out)
+        report = check_expectations(parts(rows, ROWS), recipe.expect, progress, spill=out, engine=engine)
         if scrub := scrubber(recipe.pii):
             report = report.shown_as(lambda text: scrub(text).text)
-        report.write(out / EXPECTATIONS)
-        report.refuse()
+        told_in = ((work or out) if report.failed else out) / EXPECTATIONS
+        report.write(told_in)
+        report.refuse(told_in)
         facts["expectations"] = report.facts()
     road = road_of(recipe, rows)
     with scratch(out) as folder:
@@ -85,9 +94,12 @@ def clean(
             facts |= _write(recipe, road, out, found, duplicates, progress)
     if facts["documents"] == 0:
         dropped = ", ".join(f"{name} {count['documents']}" for name, count in facts["dropped"].items())
+        if work is not None:
+            shutil.copyfile(out / DROPPED, work / DROPPED)
         raise DataError(
             f"no document is left of {facts['rows']} rows (dropped: {dropped})",
-            hint="look at data.text (which columns make the text) and at the limits in [data.quality]",
+            hint="look at data.text (which columns make the text) and at the limits in [data.quality]; "
+            f"some of the rows: {(work or out) / DROPPED}",
         )
     return facts
 
@@ -145,15 +157,15 @@ def _write(
     dropped: list[_Duplicate] = []
     if duplicates is not None:
         cluster_N = duplicates.clusters
-        dropped.append(_Duplicate("exact_duplicate", duplicates.exact_of))
+        dropped.append(_Duplicate.of("exact_duplicate", duplicates.exact_of))
         if recipe.dedup.near == "drop":
-            dropped.append(_Duplicate("near_duplicate", duplicates.near_of))
+            dropped.append(_Duplicate.of("near_duplicate", duplicates.near_of))
         for kind in dropped:
             stays_N = stays_N & (kind.of_N < 0)
     # The first member of a cluster always stays, so its document id can name the cluster.
     document_N = np.where(stays_N, np.cumsum(stays_N) - 1, -1)
     cluster_N = document_N[cluster_N]
-    places = {int(one): "" for kind in dropped for one in kind.of_N[kind.first()]}
+    places = {int(one): "" for kind in dropped for one in kind.of_N[kind.shown]}
     groups: set[str] = set()
     seen = size = 0
     with ParquetFile(out / DOCUMENTS, DOCUMENT_SCHEMA, recipe.row_group_bytes) as file:
@@ -171,46 +183,57 @@ def _write(
             done = found.num_rows * (1 + seen / found.count)
             progress(done, 2 * found.num_rows, "rows", {"documents": f"{file.num_rows:,}"})
         num_documents = file.num_rows
-    write_samples(out / DROPPED, found.tally.samples)
-    facts = {
+    return {
         "rows": found.num_rows,
         "documents": num_documents,
         "bytes": size,
         "groups": num_documents if road.by_row else len(groups),
         "clusters_of_several": int((np.unique(cluster_N[stays_N], return_counts=True)[1] > 1).sum()),
-        "dropped": found.tally.documents,
         "template": recipe.text or "default: " + ", ".join(road.template.columns),
+        **_tell(recipe, out, found.tally),
+        **({} if duplicates is None else {"dedup": duplicates.figures()}),
     }
-    if found.tally.notes:
-        write_samples(out / NOTES, found.tally.notes)
-    if found.tally.lines:
-        facts["dropped_lines"] = found.tally.lines
+
+
+def _tell(recipe: DataRecipe, out: Path, tally: Tally) -> dict[str, Any]:
+    """Write the samples of what the rules did; return the counts."""
+    tally.samples.write(out / DROPPED)
+    facts: dict[str, Any] = {"dropped": tally.documents}
+    if tally.notes.rows():
+        tally.notes.write(out / NOTES)
+    if tally.lines:
+        facts["dropped_lines"] = tally.lines
     if any(True for _ in recipe.pii.actions()):
-        facts["pii"] = found.tally.found
-        write_samples(out / FINDINGS, found.tally.findings)
+        facts["pii"] = tally.found
+        tally.findings.write(out / FINDINGS)
     if recipe.decontaminate.against:
-        facts["contaminated"] = found.tally.contaminated
-    if duplicates is not None:
-        facts["dedup"] = duplicates.figures()
+        facts["contaminated"] = tally.contaminated
     return facts
 
 
 @dataclass(frozen=True, slots=True)
 class _Duplicate:
-    """Duplicates of one kind: `of_N` says of which candidate each is one, -1 of none."""
+    """Duplicates of one kind.
+
+    of_N: of which candidate each is one, -1 of none. shown: candidates that are shown as samples.
+    """
 
     rule: str
     of_N: Any
+    shown: list[int]
 
-    def first(self) -> Any:
-        """Return the candidates that are shown as samples."""
-        return np.flatnonzero(self.of_N >= 0)[:MAX_SAMPLES]
+    @classmethod
+    def of(cls, rule: str, of_N: Any) -> "_Duplicate":
+        """Choose the samples: those whose numbers' hashes are the smallest."""
+        found = np.flatnonzero(of_N >= 0)
+        chosen = np.argsort(mix(found.astype(np.uint64)))[:MAX_SAMPLES]
+        return cls(rule, of_N, sorted(found[chosen].tolist()))
 
 
 def _show_duplicates(
     tally: Tally, batch: pa.RecordBatch, start: int, dropped: list[_Duplicate], places: dict[int, str]
 ) -> None:
-    """Count the duplicates of a batch, and show the first; an original stands before its duplicates."""
+    """Count the duplicates of a batch, and show some; an original stands before its duplicates."""
 
     def place(i: int) -> dict[str, Any]:
         return {name: batch.column(name)[i].as_py() for name in ("file", "line")}
@@ -224,9 +247,10 @@ def _show_duplicates(
         is_one = kind.of_N[start:end] >= 0
         if is_one.any():
             tally.drop(kind.rule, int(sizes[is_one].sum()), int(is_one.sum()))
-        for index in kind.first():
+        for index in kind.shown:
             if start <= index < end:
-                i = int(index) - start
+                i = index - start
                 text = batch.column("text")[i].as_py()
                 of = places[int(kind.of_N[index])]
-                tally.show(kind.rule, {"rule": kind.rule, **place(i), "of": of, "text": text[:200]})
+                sample = {"rule": kind.rule, **place(i), "of": of, "text": text[:200]}
+                tally.samples.offer(kind.rule, sample["file"], sample["line"], sample.copy)

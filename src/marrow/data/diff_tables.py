@@ -13,10 +13,9 @@ from typing import Any
 import pyarrow as pa
 
 from marrow.core.errors import DataError, explain_os_errors
-from marrow.data.quality_config import TABLE_SUFFIXES
 from marrow.data.scan import open_tables
+from marrow.data.table_files import JSON_LINES, TABLES
 
-LINES_SUFFIXES = (".jsonl", ".ndjson")
 TEXT_SUFFIXES = (
     *(".txt", ".text", ".md", ".markdown", ".rst", ".json", ".html", ".xml"),
     *(".yaml", ".yml", ".toml", ".py", ".log"),
@@ -38,15 +37,15 @@ class Rows:
 
 def can_compare(name: str) -> bool:
     """Tell by its name whether a file holds rows that can be compared."""
-    return Path(name.lower()).suffix in (*TABLE_SUFFIXES, *LINES_SUFFIXES, *TEXT_SUFFIXES)
+    return Path(name.lower()).suffix in (*TABLES, *TEXT_SUFFIXES)
 
 
 def open_rows(path: Path) -> Rows:
     """Open a file as what its suffix says. Raises: SourceError, DataError if it is not that."""
     suffix = path.suffix.lower()
-    if suffix in LINES_SUFFIXES:
+    if suffix in JSON_LINES:
         return _json_lines(path)
-    if suffix not in TABLE_SUFFIXES:
+    if suffix not in TABLES:
         return open_lines(path)
     opened = open_tables([path])
     types = {field.name: str(field.type) for field in opened.schema}
@@ -83,14 +82,24 @@ def _json_batch(rows: list[dict[str, Any]], names: Sequence[str]) -> pa.RecordBa
     def text(value: Any) -> str | None:
         return value if value is None or isinstance(value, str) else json.dumps(value, sort_keys=True)
 
-    columns = [pa.array([text(row.get(name)) for row in rows], pa.string()) for name in names]
+    columns = [_texts([text(row.get(name)) for row in rows]) for name in names]
     if not columns:
         return pa.record_batch({"": pa.nulls(len(rows))})
     return pa.RecordBatch.from_arrays(columns, names=list(names))
 
 
+def _texts(values: list[str | None]) -> pa.Array:
+    try:
+        return pa.array(values, pa.string())
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can escape and UTF-8 cannot write
+        return pa.array([v if v is None else v.encode("utf-8", "backslashreplace") for v in values]).cast(
+            pa.string()
+        )
+
+
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(_text_lines(path), 1):
+        line = line.removeprefix("\ufeff") if number == 1 else line  # a byte order mark
         if line.strip():
             try:
                 row = json.loads(line)

@@ -24,8 +24,9 @@ import threading
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
@@ -60,6 +61,13 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """End the workers; closing twice is fine."""
+
+
+def split_evenly(items: Sequence[Item], most: int) -> list[Sequence[Item]]:
+    """Cut items into at most so many pieces of neighbours, whose sizes differ by one at most."""
+    count = min(len(items), most)
+    edges = [len(items) * i // count for i in range(count + 1)] if count else [0]
+    return [items[low:high] for low, high in pairwise(edges)]
 
 
 class _Closing:

@@ -8,7 +8,7 @@ pieces.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -17,27 +17,25 @@ from types import TracebackType
 from typing import IO, Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from marrow.core.errors import SourceError, explain_os_errors
 from marrow.core.progress import Progress, silent
 from marrow.core.span import span
 from marrow.data.config import PYTHON, DataRecipe
 from marrow.data.engine import INLINE, Engine
-from marrow.data.sources.columns import SchemaGrewError, ask, join_schemas
-from marrow.data.sources.delimited import Records, Tally, check_share
+from marrow.data.ingest_stdlib import ingest_stdlib
+from marrow.data.sources.columns import SchemaGrewError, ask
+from marrow.data.sources.delimited import Records, Tally, check_share, check_texts
 from marrow.data.sources.file import SourceFile
 from marrow.data.sources.formats import Chunk, read_file
 from marrow.data.sources.listing import Found, find_sources
 from marrow.data.sources.pieces import Piece, pieces_of
-from marrow.data.sources.stdlib import SCHEMA, StdlibRow, read_stdlib, stdlib_files, stdlib_folder
 from marrow.data.sources.streams import Broken
+from marrow.data.sources.survey import grown, survey, survey_all
 from marrow.data.tables import ParquetFile, described
 from marrow.data.template import PROVENANCE
 
-BATCH_ROWS = 1024
 MAX_FILE_BYTES = 1 << 30  # uncompressed bytes of rows after which a new rows file is begun
-SURVEY_FILES = 1000  # looked into before the first pass; one that differs later costs a second pass
 QUARANTINE = "quarantine.jsonl"
 _PROVENANCE_FIELDS = (
     described(PROVENANCE[0], pa.string(), "source file, below the source's folder"),
@@ -62,12 +60,11 @@ def ingest(
     in which types that go together have values that do not; bounded memory for each worker.
     """
     if recipe.source == PYTHON:
-        return _ingest_stdlib(recipe, out, progress)
+        return ingest_stdlib(recipe, out, progress)
     found = find_sources(recipe)
-    with span("survey"):
-        types = _survey(found.files[:SURVEY_FILES], limit=1)
+    types = survey(found)
     if set(recipe.types) - set(types.schema.names):
-        types = _survey_all(found, engine)
+        types = survey_all(found, engine)
     while True:
         schema = ask(types.schema, recipe.types)
         target, renamed = _target(schema, len(found.files))
@@ -75,21 +72,9 @@ def ingest(
         try:
             rows = _write(task, found, progress, engine)
         except SchemaGrewError as grew:
-            types = _grown(types, grew, found, engine)
+            types = grown(types, grew, found, engine)
             continue
         return _facts(recipe, found, rows, schema, renamed)
-
-
-@dataclass(frozen=True, slots=True)
-class _Types:
-    """What a survey found: the columns with their types, and those whose values repeat.
-
-    is_whole: it looked at every row.
-    """
-
-    schema: pa.Schema
-    repeating: frozenset[str] = frozenset()
-    is_whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,55 +109,6 @@ class _Rows:
     num_empty: int = 0
 
 
-def _survey_all(found: Found, engine: Engine) -> _Types:
-    """Join the types of all rows."""
-    with span("survey"):
-        schema = pa.schema([])
-        for one in engine.map(_survey_piece, pieces_of(iter(found.files))):
-            schema = join_schemas(schema, one)
-        return _Types(schema, _survey(found.files[:SURVEY_FILES], limit=1).repeating, is_whole=True)
-
-
-def _survey_piece(piece: Piece) -> pa.Schema:
-    return _survey(piece.files, limit=None).schema
-
-
-def _survey(files: Iterable[SourceFile], limit: int | None) -> _Types:
-    """Join the columns and types of some files; with a limit, of only so many chunks of each."""
-    schema = pa.schema([])
-    repeating: dict[str, bool] = {}
-    for file in files:
-        if not file.num_bytes:
-            continue
-        for index, chunk in enumerate(read_file(file, Tally(), lambda _: None)):
-            schema = join_schemas(schema, chunk.schema())
-            if limit is not None:
-                for name, column in zip(chunk.batch.schema.names, chunk.batch.columns, strict=True):
-                    if len(column) >= BATCH_ROWS:
-                        repeating[name] = repeating.get(name, True) and _repeats(column)
-                if index + 1 >= limit:
-                    break
-    return _Types(schema, frozenset(name for name, does in repeating.items() if does))
-
-
-def _repeats(column: pa.Array) -> bool:
-    """Tell whether a column has few values, many times each."""
-    if pa.types.is_nested(column.type):
-        return False
-    return bool(pc.count_distinct(column).as_py() * 16 <= len(column))
-
-
-def _grown(types: _Types, grew: SchemaGrewError, found: Found, engine: Engine) -> _Types:
-    """Return types that hold what the others did not."""
-    if not types.is_whole:  # a later row does not fit the types of the first ones: look at all of them
-        return _survey_all(found, engine)
-    # No type holds all values, as of 0.5 and a key of 16 digits: text does.
-    index = types.schema.get_field_index(grew.args[0])
-    return _Types(
-        types.schema.set(index, pa.field(grew.args[0], pa.string())), types.repeating, is_whole=True
-    )
-
-
 def _write(task: _Task, found: Found, progress: Progress, engine: Engine) -> _Rows:
     """Write all rows in one pass, a piece at a time.
 
@@ -180,6 +116,7 @@ def _write(task: _Task, found: Found, progress: Progress, engine: Engine) -> _Ro
     """
     rows = _Rows()
     ranged: dict[str, tuple[SourceFile, Tally]] = {}
+    texts = Tally()
     meter = _Meter(progress, found.files.num_bytes)
     # Only this thread may tell how far a piece is; of other workers' pieces, it tells the end.
     results = engine.map(
@@ -193,6 +130,8 @@ def _write(task: _Task, found: Found, progress: Progress, engine: Engine) -> _Ro
                     raise SchemaGrewError(*result.grew)
                 for name, (file, tally) in result.tallies.items():
                     rows.tally.add(tally)
+                    if file.format == "text":
+                        texts.add(tally)
                     if file.is_whole:
                         rows.num_empty += tally.num_rows + tally.num_broken == 0
                     else:
@@ -214,6 +153,7 @@ def _write(task: _Task, found: Found, progress: Progress, engine: Engine) -> _Ro
             raise
     for file, tally in ranged.values():
         check_share(file, tally)
+    check_texts(texts)
     if rows.tally.num_misfits > rows.tally.num_rows:
         raise SourceError(
             f"data.types: {rows.tally.num_misfits} of {rows.tally.num_misfits + rows.tally.num_rows} rows "
@@ -360,43 +300,3 @@ def _target(schema: pa.Schema, num_files: int) -> tuple[pa.Schema, dict[str, str
     fields = [field.with_name(renamed.get(field.name, field.name)) for field in schema]
     metadata = {"marrow.source": "files", "marrow.num_files": str(num_files)}
     return pa.schema([*fields, *_PROVENANCE_FIELDS], metadata=metadata), renamed
-
-
-def _ingest_stdlib(recipe: DataRecipe, out: Path, progress: Progress) -> dict[str, Any]:
-    folder = stdlib_folder()
-    files = stdlib_files(folder)
-    schema = SCHEMA.with_metadata({"marrow.source": PYTHON, "marrow.num_files": str(len(files))})
-    kinds: dict[str, int] = {}
-    num_bytes = doc_bytes = topic_bytes = 0
-    path = out / "rows-00000.parquet"
-    with ParquetFile(path, schema, recipe.row_group_bytes) as file:
-        pending: list[StdlibRow] = []
-        for index, source in enumerate(files):
-            with span("parse"):
-                pending += read_stdlib(source, folder)
-            if len(pending) >= BATCH_ROWS or index == len(files) - 1:
-                for row in pending:
-                    kinds[row.kind] = kinds.get(row.kind, 0) + 1
-                    num_bytes += len((row.source or "").encode()) if row.kind == "module" else 0
-                    topic_bytes += len((row.source or "").encode()) if row.kind == "topic" else 0
-                    doc_bytes += len((row.doc or "").encode())
-                with span("write rows"):
-                    file.write(_batch(pending, schema))
-                pending = []
-            progress(index + 1, len(files), "files")
-    return {
-        "source": PYTHON,
-        "files": len(files),
-        "rows": file.num_rows,
-        "rows_by_kind": dict(sorted(kinds.items())),
-        "source_bytes": num_bytes,
-        "docstring_bytes": doc_bytes,
-        "topic_bytes": topic_bytes,
-        "broken_rows": 0,
-        "bytes_written": path.stat().st_size,
-    }
-
-
-def _batch(rows: list[StdlibRow], schema: pa.Schema) -> pa.RecordBatch:
-    columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in schema]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)

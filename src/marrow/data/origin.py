@@ -5,7 +5,7 @@
     count_rows(rows_folder, origin), document_ids(documents_folder, origin), ...
 
 Each step keeps the place of what it passes on (`data/clean.py`), so every question is one scan of two
-columns. What was dropped on the way left no text, but its count: rows less documents; the first of
+columns. What was dropped on the way left no text, but its count: rows less documents; some of
 each rule, and all broken rows, are named in the files beside. `cli/source_lineage.py` puts the
 answers of all artifacts together.
 """
@@ -92,7 +92,7 @@ def broken_rows(rows: Path, origin: Origin) -> list[dict[str, Any]]:
 
 
 def dropped_rows(documents: Path, origin: Origin) -> list[dict[str, Any]]:
-    """Return what dropped.jsonl says of an origin: the first rows of each rule, with their rule."""
+    """Return what dropped.jsonl says of an origin: a sample of each rule's rows, with their rule."""
     return _from(documents / DROPPED, origin)
 
 

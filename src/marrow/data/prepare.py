@@ -5,9 +5,8 @@ result. What a rule drops is counted in the piece's tally; tallies are added in 
 pieces, which makes counts and samples those of one pass over the rows.
 """
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from marrow.core.errors import explain_os_errors
-from marrow.core.files import atomic_file
 from marrow.core.span import span
 from marrow.data.config import DataRecipe, DecontaminateRecipe
 from marrow.data.dedup.decontaminate import Evaluations
 from marrow.data.documents import ROWS
 from marrow.data.quality.filters import filled
 from marrow.data.quality.lines import trimmer
-from marrow.data.quality.pii import Scrubbed, masked, scrubber
+from marrow.data.quality.pii import Finding, Scrubbed, masked, scrubber
 from marrow.data.quality.rules import Rule, judge, rules_of
 from marrow.data.sources.stdlib import group_of
 from marrow.data.tables import READ_ROWS, Place, open_table, parts
+from marrow.data.tally import Samples, Tally, add_counts
 from marrow.data.template import Template, as_texts, check_column, parse_template
 
-MAX_SAMPLES = 20
 MIN_FILE_GROUPS = 20
 _SHOWN_CHARS = 200
 CANDIDATE_SCHEMA = pa.schema(
@@ -44,67 +41,6 @@ CANDIDATE_SCHEMA = pa.schema(
         ("num_bytes", pa.int64()),
     ]
 )
-
-
-@dataclass(slots=True)
-class Tally:
-    """What rules did: counts by rule, and the first samples of each.
-
-    documents: dropped, by rule. lines: dropped from texts that stayed or not. found: personal data,
-    by kind. samples go to dropped.jsonl, findings to pii.jsonl, and notes, of lines that went and of
-    contamination that is only reported, to notes.jsonl.
-    """
-
-    documents: dict[str, dict[str, int]] = field(default_factory=dict)
-    lines: dict[str, dict[str, int]] = field(default_factory=dict)
-    found: dict[str, dict[str, int]] = field(default_factory=dict)
-    contaminated: int = 0
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    findings: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[dict[str, Any]] = field(default_factory=list)
-    _sampled: dict[str, int] = field(default_factory=dict)
-
-    def drop(self, rule: str, num_bytes: int, count: int = 1) -> None:
-        """Count dropped documents."""
-        _add(self.documents, rule, {"documents": count, "bytes": num_bytes})
-
-    def wants(self, rule: str) -> bool:
-        """Tell whether there is room for another sample of a rule."""
-        return self._sampled.get(rule, 0) < MAX_SAMPLES
-
-    def show(self, rule: str, sample: dict[str, Any]) -> None:
-        """Keep a sample of a dropped document if there is room."""
-        self._keep(rule, sample, self.samples)
-
-    def find(self, kind: str, finding: dict[str, Any]) -> None:
-        """Keep a sample of personal data, masked, if there is room."""
-        self._keep(kind, finding, self.findings)
-
-    def note(self, rule: str, sample: dict[str, Any]) -> None:
-        """Keep a sample from a document that a rule did not drop, if there is room."""
-        self._keep(rule, sample, self.notes)
-
-    def add(self, other: "Tally") -> None:
-        """Add the tally of the piece that comes next."""
-        for mine, theirs in (
-            (self.documents, other.documents),
-            (self.lines, other.lines),
-            (self.found, other.found),
-        ):
-            for rule, counts in theirs.items():
-                _add(mine, rule, counts)
-        self.contaminated += other.contaminated
-        for sample in other.samples:
-            self.show(sample["rule"], sample)
-        for finding in other.findings:
-            self.find(finding["kind"], finding)
-        for note in other.notes:
-            self.note(note["rule"], note)
-
-    def _keep(self, rule: str, sample: dict[str, Any], samples: list[dict[str, Any]]) -> None:
-        if self.wants(rule):
-            self._sampled[rule] = self._sampled.get(rule, 0) + 1
-            samples.append(sample)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,8 +205,7 @@ class _Maker:
         """Return the text as it stays, or None."""
         if text is None:  # class and function rows of the documentation lie in their module's text
             if not self._work.road.is_stdlib:
-                self._tally.drop("no_text", 0)
-                self._tally.show("no_text", {"rule": "no_text", **place, "text": ""})
+                self._drop("no_text", "", place)
             return None
         if self._trim is not None:
             text = self._trimmed(text, place)
@@ -296,9 +231,8 @@ class _Maker:
         with span("quality"):
             trimmed = self._trim(text)
         for rule, line in trimmed.dropped:
-            _add(self._tally.lines, rule, {"lines": 1, "bytes": num_bytes(line)})
-            if self._tally.wants(rule):
-                self._tally.note(rule, {"rule": rule, **place, "text": self._shown(line)})
+            add_counts(self._tally.lines, rule, {"lines": 1, "bytes": num_bytes(line)})
+            self._sample(self._tally.notes, rule, line, place)
         return trimmed.text
 
     def _decontaminate(
@@ -312,12 +246,11 @@ class _Maker:
         for one in found:
             text, row = texts[one.text].as_py(), kept[one.text]
             told = {"evaluation": one.evaluation, "matches": one.matches, "excerpt": self._shown(one.excerpt)}
+            place = {"file": files[row], "line": lines[row], **told}
             if drops:
-                self._tally.drop("contaminated", num_bytes(text))
-            place = {"file": files[row], "line": lines[row]}
-            sample = {"rule": "contaminated", **place, **told, "text": self._shown(text)}
-            keep = self._tally.show if drops else self._tally.note
-            keep("contaminated", sample)
+                self._drop("contaminated", text, place)
+            else:
+                self._sample(self._tally.notes, "contaminated", text, place)
         if not drops or not found:
             return kept, texts
         gone = {one.text for one in found}
@@ -327,17 +260,25 @@ class _Maker:
     def _note_findings(self, text: str, scrubbed: Scrubbed, place: dict[str, Any]) -> None:
         actions = dict(self._work.recipe.pii.actions())
         for kind in {one.kind for one in scrubbed.found}:
-            _add(self._tally.found, kind, {"documents": 1})
+            add_counts(self._tally.found, kind, {"documents": 1})
         for one in scrubbed.found:
-            _add(self._tally.found, one.kind, {"found": 1})
-            form = masked(text[one.start : one.end])
-            finding = {"kind": one.kind, **place, "action": actions[one.kind], "form": form}
-            self._tally.find(one.kind, finding)
+            add_counts(self._tally.found, one.kind, {"found": 1})
 
-    def _drop(self, rule: str, text: str, sample: dict[str, Any]) -> None:
+            def finding(one: Finding = one) -> dict[str, Any]:
+                form = masked(text[one.start : one.end])
+                return {"kind": one.kind, **place, "action": actions[one.kind], "form": form}
+
+            self._tally.findings.offer(one.kind, place["file"], place["line"], finding)
+
+    def _drop(self, rule: str, text: str, place: dict[str, Any]) -> None:
         self._tally.drop(rule, num_bytes(text))
-        if self._tally.wants(rule):
-            self._tally.show(rule, {"rule": rule, **sample, "text": self._shown(text)})
+        self._sample(self._tally.samples, rule, text, place)
+
+    def _sample(self, samples: Samples, rule: str, text: str, place: dict[str, Any]) -> None:
+        """Offer a text as a sample; place: its file and line, and what else is to be told of it."""
+        samples.offer(
+            rule, place["file"], place["line"], lambda: {"rule": rule, **place, "text": self._shown(text)}
+        )
 
     def _shown(self, text: str) -> str:
         """Return the beginning of a text for a sample, without the personal data that is looked for."""
@@ -346,22 +287,9 @@ class _Maker:
         return text[:_SHOWN_CHARS]
 
 
-def write_samples(path: Path, samples: list[dict[str, Any]]) -> None:
-    """Write samples as JSON lines."""
-    with explain_os_errors("write the dropped samples", path), atomic_file(path, "w") as file:
-        for sample in samples:
-            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-
-
 def num_bytes(text: str) -> int:
     """Return the UTF-8 bytes of a text."""
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-
-
-def _add(table: dict[str, dict[str, int]], rule: str, counts: dict[str, int]) -> None:
-    mine = table.setdefault(rule, {})
-    for name, count in counts.items():
-        mine[name] = mine.get(name, 0) + count
 
 
 def _row_name(place: Place, row: int) -> str:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from marrow.core.config import Range
+from marrow.data.table_files import table_files
 
 Share = Annotated[float, Range(0.0, 1.0)]
 Number = Annotated[float, Range(0.0)]
@@ -33,8 +34,6 @@ Scalar = bool | int | float | str
 Level = Literal["warn", "fail"]
 Preset = Literal["none", "gopher", "c4"]
 Action = Literal["off", "count", "replace", "drop"]
-TABLE_SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc", ".csv", ".tsv")
-JSON_LINES = (".jsonl", ".ndjson")
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 
 
@@ -202,18 +201,6 @@ class PiiRecipe:
             action: Action = getattr(self, field.name)
             if action != "off":
                 yield field.name, action
-
-
-def table_files(where: str) -> list[Path]:
-    """Return the files with tables that a path, folder or glob means, in the order of their names."""
-    path = Path(where)
-    if path.is_dir():
-        return sorted(p for p in path.iterdir() if p.suffix in TABLE_SUFFIXES + JSON_LINES)
-    if path.exists() or not any(letter in where for letter in "*?["):
-        return [path] if path.exists() else []
-    pattern = path.relative_to(path.anchor).as_posix()
-    found = Path(path.anchor).glob(pattern)
-    return sorted(p for p in found if p.suffix in TABLE_SUFFIXES + JSON_LINES)
 
 
 def _check_pattern(key: str, pattern: str) -> None:

@@ -18,7 +18,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from marrow.core.errors import DataError, SourceError, explain_os_errors
-from marrow.data.quality_config import JSON_LINES, TABLE_SUFFIXES
+from marrow.data.table_files import COLUMNAR, DELIMITED, JSON_LINES, TABLES
 from marrow.data.tables import plain_type
 
 BATCH_ROWS = 1 << 15
@@ -43,6 +43,11 @@ class Tables:
     paths: tuple[Path, ...]
     schema: pa.Schema
     num_rows: int | None
+
+    @property
+    def is_columnar(self) -> bool:
+        """Tell whether a column can be read without the others: not so of text."""
+        return all(path.suffix in COLUMNAR for path in self.paths)
 
     def column(self, name: str) -> pa.Field | None:
         """Return a column, or None."""
@@ -73,7 +78,7 @@ def open_tables(paths: Sequence[Path]) -> Tables:
         way that does not go together.
     """
     if not paths:
-        raise SourceError("no file with rows", hint=f"give files that end in {', '.join(TABLE_SUFFIXES)}")
+        raise SourceError("no file with rows", hint=f"give files that end in {', '.join(TABLES)}")
     schema: pa.Schema | None = None
     num_rows: int | None = 0
     for path in paths:
@@ -90,6 +95,15 @@ def open_tables(paths: Sequence[Path]) -> Tables:
     return Tables(tuple(paths), schema, num_rows)
 
 
+def open_arrow(source: Any) -> Any:
+    """Open an Arrow file or stream, whichever it is."""
+    try:
+        return pa.ipc.open_file(source)
+    except pa.ArrowInvalid:
+        source.seek(0)
+        return pa.ipc.open_stream(source)
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """Say which column was probably meant."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -104,12 +118,12 @@ def _look(path: Path) -> tuple[pa.Schema, int | None]:
         if path.suffix == ".parquet":
             with pq.ParquetFile(path) as file:
                 return _plain(file.schema_arrow), file.metadata.num_rows
-        if path.suffix in (".csv", ".tsv"):
+        if path.suffix in DELIMITED:
             with _open_csv(path) as reader:
                 return _plain(reader.schema), None
         if path.suffix in JSON_LINES:
             return _plain(_open_json(path).schema), None
-        with pa.memory_map(str(path)) as source, _open_arrow(source) as reader:
+        with pa.memory_map(str(path)) as source, open_arrow(source) as reader:
             return _plain(reader.schema), None
 
 
@@ -120,10 +134,10 @@ def _explained(path: Path) -> Iterator[None]:
     except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the system's; Arrow's have no number
             raise
-        kind = path.suffix if path.suffix in TABLE_SUFFIXES + JSON_LINES else "no known kind"
+        kind = path.suffix if path.suffix in TABLES else "no known kind"
         raise SourceError(
             f"{path} cannot be read as a table ({kind}): {error}",
-            hint=f"files with rows end in {', '.join(TABLE_SUFFIXES + JSON_LINES)}; "
+            hint=f"files with rows end in {', '.join(TABLES)}; "
             "`[data] source` reads those that are not clean",
         ) from error
 
@@ -141,13 +155,13 @@ def _batches(path: Path, names: list[str], schema: pa.Schema) -> Iterator[pa.Rec
             ) // max(1, file.metadata.num_rows)
             rows = max(MIN_BATCH_ROWS, min(BATCH_ROWS, BATCH_BYTES // per_row))
             yield from file.iter_batches(rows, columns=here)
-    elif path.suffix in (".csv", ".tsv"):
+    elif path.suffix in DELIMITED:
         with _open_csv(path, schema) as reader:
             yield from reader
     elif path.suffix in JSON_LINES:
         yield from _open_json(path)
     else:
-        with pa.memory_map(str(path)) as source, _open_arrow(source) as reader:
+        with pa.memory_map(str(path)) as source, open_arrow(source) as reader:
             if isinstance(reader, pa.RecordBatchFileReader):
                 for index in range(reader.num_record_batches):
                     yield reader.get_batch(index)
@@ -174,14 +188,6 @@ def _open_csv(path: Path, schema: pa.Schema | None = None) -> pyarrow.csv.CSVStr
 def _open_json(path: Path) -> Any:
     options = pyarrow.json.ReadOptions(use_threads=False, block_size=8 << 20)
     return pyarrow.json.open_json(path, read_options=options)
-
-
-def _open_arrow(source: Any) -> Any:
-    try:
-        return pa.ipc.open_file(source)
-    except pa.ArrowInvalid:
-        source.seek(0)
-        return pa.ipc.open_stream(source)
 
 
 def _plain(schema: pa.Schema) -> pa.Schema:

@@ -1,4 +1,4 @@
-"""From texts to token shards: train a tokenizer, encode, pack, write Arrow files.
+"""From texts to token shards: train a tokenizer or take one, encode, pack, write Arrow files.
 
 The two steps `tokenizer` and `shards` of a run. Both stream the split's `train.parquet`, so that
 memory holds one row group of text (two for each worker of an engine), one window of pieces
@@ -8,6 +8,7 @@ a shard is described in `data/manifest.py`. Documents stay in the order of the s
 samples is the loader's plan, not a property of the files.
 """
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -20,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from marrow.core.errors import DataError, explain_os_errors
+from marrow.core.errors import DataError, ModelError, SourceError, explain_os_errors
 from marrow.core.hashes import check_file, hash_file
 from marrow.core.progress import Progress, silent
 from marrow.core.span import span
@@ -31,8 +32,8 @@ from marrow.data.shards_config import ShardsRecipe
 from marrow.data.tables import open_table, parts, stream
 from marrow.kernels.gather_rows import Columns, check_rows
 from marrow.text.config import TokenizerRecipe
+from marrow.text.tokenizer import CONFIG_NAME, Tokenizer
 from marrow.text.tokenizer import FILE_NAME as TOKENIZER_FILE
-from marrow.text.tokenizer import Tokenizer
 
 TRAIN_FILE = "train.parquet"
 
@@ -45,6 +46,7 @@ def train_tokenizer(
     Returns: facts; `vocab_size` may be smaller than asked if the texts have too few pairs.
     Raises: DataError if there are no documents.
     """
+    assert not recipe.file, "this one is taken, not trained"
     reader = _Texts(split, progress)
     with span("tokenizer"):
         tokenizer = Tokenizer.train(
@@ -64,6 +66,38 @@ def train_tokenizer(
             f"{tokenizer.vocab_size}"
         )
     return facts
+
+
+def take_tokenizer(path: Path, out: Path) -> dict[str, Any]:
+    """Copy a tokenizer.json that somebody else made, and what tells of its special tokens, into `out`.
+
+    Args: path: the file, or a folder with it. Returns: facts.
+    Raises: SourceError if it is not there; ModelError if it is none, not byte-level, or no token ends
+        a document.
+    """
+    found = tokenizer_files(path)
+    tokenizer = Tokenizer.load(path)
+    if not tokenizer.is_byte_level:  # known before hours of training, not when the model is served
+        raise ModelError(
+            f"tokenizer.file: {path} is not byte-level, so that a run's model could not be served",
+            hint="take a byte-level one, as of Llama 3, Qwen or GPT; `write_shards` in Python takes any",
+        )
+    for name, source in found.items():
+        with explain_os_errors("copy the tokenizer", source):
+            shutil.copyfile(source, out / name)
+    return {"vocab_size": tokenizer.vocab_size, "taken_from": str(path)}
+
+
+def tokenizer_files(path: Path) -> dict[str, Path]:
+    """Return what a tokenizer consists of, by the names it has in a folder. Raises: SourceError."""
+    file = path / TOKENIZER_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise SourceError(
+            f"tokenizer.file: there is no {TOKENIZER_FILE} at {path}",
+            hint="give the file, or a folder of a model that holds it",
+        )
+    config = file.with_name(CONFIG_NAME)
+    return {TOKENIZER_FILE: file} | ({CONFIG_NAME: config} if config.is_file() else {})
 
 
 def write_shards(

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import pyarrow as pa
 
 from marrow.core.errors import DataError, MarrowError, SourceError, UsageError
+from marrow.data.scan import open_arrow
+from marrow.data.table_files import ARROW, TABLES, is_table
 
 if TYPE_CHECKING:
     import duckdb
@@ -37,8 +39,6 @@ _READERS = {
     ".jsonl": "read_json({}, union_by_name = true, format = 'newline_delimited')",
     ".ndjson": "read_json({}, union_by_name = true, format = 'newline_delimited')",
 }
-_ARROW = (".arrow", ".feather", ".ipc")
-SUFFIXES = (*_READERS, *_ARROW)
 
 
 def query(sql: str, tables: Mapping[str, Source], *, threads: int = 1) -> pa.RecordBatchReader:
@@ -89,11 +89,9 @@ def tables_in(path: Path) -> dict[str, list[Path]]:
     `data` names the only table, or in a folder the first of these that is there: documents, rows, train.
     Raises: SourceError if there is none.
     """
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
-    if not files or files[0].suffix not in SUFFIXES:
-        raise SourceError(
-            f"{path} holds no table", hint=f"tables are files that end in {', '.join(SUFFIXES)}"
-        )
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if is_table(p.relative_to(path)))
+    if not files or files[0].suffix not in TABLES:
+        raise SourceError(f"{path} holds no table", hint=f"tables are files that end in {', '.join(TABLES)}")
     found: dict[str, list[Path]] = {}
     for file in files:
         name = table_name(file)
@@ -128,14 +126,14 @@ def _give(connection: "duckdb.DuckDBPyConnection", tables: Mapping[str, Source],
         paths = [source] if isinstance(source, Path) else list(source)
         kinds = {path.suffix for path in paths}
         missing = [path for path in paths if not path.is_file()]
-        if missing or len(kinds) != 1 or not kinds <= set(SUFFIXES):
+        if missing or len(kinds) != 1 or not kinds <= set(TABLES):
             named = ", ".join(map(str, missing or paths[:3])) or "no file"
             raise SourceError(
                 f"the table {name!r} cannot be read from {named}",
-                hint=f"give files of one kind that are there, of {', '.join(SUFFIXES)}",
+                hint=f"give files of one kind that are there, of {', '.join(TABLES)}",
             )
         try:
-            if kinds <= set(_ARROW):
+            if kinds <= set(ARROW):
                 connection.register(name, pa.concat_tables(map(_mapped, paths), promote_options="default"))
                 continue
             names = [_plain_name(path.resolve(), spill) for path in paths]
@@ -206,12 +204,7 @@ def _explained(tables: Mapping[str, Source]) -> Iterator[None]:
 
 
 def _mapped(path: Path) -> pa.Table:
-    source = pa.memory_map(str(path))
-    try:
-        return pa.ipc.open_file(source).read_all()
-    except pa.ArrowInvalid:
-        source.seek(0)
-        return pa.ipc.open_stream(source).read_all()
+    return open_arrow(pa.memory_map(str(path))).read_all()
 
 
 def _plain_name(path: Path, spill: Path) -> str:

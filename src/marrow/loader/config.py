@@ -19,20 +19,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from marrow.core.config import Count, Range
+from marrow.core.config import Bytes, Count, Range
 from marrow.core.frozen_map import EMPTY, FrozenMap
 from marrow.loader.mixture import Mixture, Phase, check_phases
 from marrow.loader.plan import FullShuffle, Order, WindowShuffle, order_keys
 from marrow.loader.reader import ShardReader
 
-HOW = ("prefetch", "workers")  # fields that do not change a batch
+HOW = ("prefetch", "workers", "cache_bytes")  # fields that do not change a batch
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRecipe:
     """One source of a mixture: its shards, and its weight in each phase.
 
-    shards: a folder of shards or a name, version or id of the catalog; empty for those of the recipe.
+    shards: a folder of shards, a URL, or a name, version or id of the catalog; empty for those of the
+    recipe.
     """
 
     shards: str = ""
@@ -46,6 +47,7 @@ class LoaderRecipe:
     window: shards that are shuffled together; 0 shuffles all rows. stop_after: tokens of context
     after which there is no more, 0 for no end. phases: positions at which the mixture's weights
     change. prefetch: batches made ahead. workers: processes that make them, 0 for a thread.
+    cache_bytes: room on this disk for shards at URLs, which are fetched as they are needed.
     """
 
     window: Annotated[int, Range(0)] = 0
@@ -54,6 +56,7 @@ class LoaderRecipe:
     mixture: Mapping[str, SourceRecipe] = EMPTY
     prefetch: Annotated[int, Range(0, 1024)] = 2
     workers: Annotated[int, Range(0, 1024)] = 0
+    cache_bytes: Annotated[Bytes, Range(1 << 20)] = 16 << 30
 
     def __post_init__(self) -> None:
         if self.mixture:
@@ -102,15 +105,18 @@ class LoaderRecipe:
         for name, manifest in zip(sorted(self.mixture), reader.manifests, strict=True):
             rows_of_S = reader.rows_of_shards[first : first + len(manifest.shards)]
             first += len(manifest.shards)
-            # A source's order depends on its name, not on which others stand beside it.
-            own_seed = order_keys(seed, 0, f"source {name}")[0]
-            orders.append(one_order(rows_of_S, own_seed, self.window))
+            orders.append(source_order(name, rows_of_S, seed, self.window))
         return Mixture(orders, self.schedule(), seed)
 
 
 def one_order(rows_of_S: Any, seed: int, window: int) -> Order:
     """Return the order of one source: all rows shuffled, or windows of shards."""
     return WindowShuffle(rows_of_S, seed, window) if window else FullShuffle(int(sum(rows_of_S)), seed)
+
+
+def source_order(name: str, rows_of_S: Any, seed: int, window: int) -> Order:
+    """Return the order of a mixture's source: by its name, not by which others stand beside it."""
+    return one_order(rows_of_S, order_keys(seed, 0, f"source {name}")[0], window)
 
 
 def settings_of(recipe: LoaderRecipe) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class Loader(Generic[B]):
     ) -> None:
         _check_numbers(batch_rows, rank, world, start)
         self._closed = False
-        self.reader: Reader[Any] = _open(source, cache)
+        self.reader: Reader[Any] = open_shards(source, cache)
         try:
             self.order = _make_order(self.reader, seed, window, order)
             self._position = start
@@ -179,7 +179,11 @@ class Loader(Generic[B]):
         self.reader.close()
 
 
-def _open(source: Source, cache: Cache | None) -> Reader[Any]:
+def open_shards(source: Source, cache: Cache | None = None) -> Reader[Any]:
+    """Open packed shards: a folder of them, several, or those at a URL; a reader stays as it is.
+
+    Raises: UsageError for a URL without a cache; DataError or SourceError for bad shards.
+    """
     if isinstance(source, str) and "://" in source:
         from marrow.loader.streaming.shards import (
             CachedShards,  # with an object-store client: local data needs none

@@ -16,7 +16,7 @@ each source's own: `epochs` says how often a source was gone through.
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -50,6 +50,70 @@ class _Split:
     right: "_Split | int"
 
 
+class Schedule:
+    """Which source each position comes from, and which place of that source's own stream it has.
+
+    It knows weights and no rows, so it can be asked of one source where the others are not at hand.
+    Raises: UsageError for weights or phases that make no sense.
+    """
+
+    def __init__(self, phases: Sequence[Phase], seed: int) -> None:
+        self.num_sources = len(phases[0].weights) if phases else 0
+        check_phases(phases, self.num_sources)
+        self.phases = tuple(phases)
+        self._seed = seed
+        self._trees = [_tree(list(enumerate(phase.weights))) for phase in phases]
+        self._starts = [phase.start for phase in phases]
+        self._base = [[0] * self.num_sources]  # counts at each phase's start
+        for tree, low, high in zip(self._trees, self._starts, self._starts[1:], strict=False):
+            used = _counts(tree, high - low, self.num_sources)
+            self._base.append([a + b for a, b in zip(self._base[-1], used, strict=True)])
+
+    def places(self, positions_N: Int64Array) -> tuple[Int64Array, Int64Array]:
+        """Return each position's source and its place in that source's own order."""
+        source_N, index_N = np.empty((2, len(positions_N)), dtype=np.int64)
+        phase_N = np.searchsorted(self._starts, positions_N, side="right") - 1
+        for phase in np.unique(phase_N).tolist():
+            here_N = phase_N == phase
+            offset_N = self._mixed(positions_N[here_N] - self._starts[phase], phase)
+            sources, places = _follow(self._trees[phase], offset_N)
+            source_N[here_N] = sources
+            index_N[here_N] = np.array(self._base[phase])[sources] + places
+        return source_N, index_N
+
+    def counts(self, position: int) -> tuple[int, ...]:
+        """Return how many of the positions before `position` come from each source.
+
+        Where a block begins these are the first ones of each source's stream; within a block, which
+        is looked at, as many but not always the first. Cost: microseconds.
+        """
+        phase = bisect_right(self._starts, position) - 1
+        low, _ = self.block(position)
+        before = _counts(self._trees[phase], low - self._starts[phase], self.num_sources)
+        counts = np.array(self._base[phase]) + before
+        if position > low:
+            sources, _ = self.places(np.arange(low, position, dtype=np.int64))
+            counts += np.bincount(sources, minlength=self.num_sources)
+        return tuple(counts.tolist())
+
+    def block(self, position: int) -> tuple[int, int]:
+        """Return the positions [low, high) that are mixed with `position`: 1024, less where a phase ends."""
+        phase = bisect_right(self._starts, position) - 1
+        low = position - (position - self._starts[phase]) % BLOCK
+        return low, min([low + BLOCK, *self._starts[phase + 1 : phase + 2]])
+
+    def _mixed(self, offset_N: Int64Array, phase: int) -> Int64Array:
+        """Permute offsets within blocks; a block that the phase's end cuts is permuted as it is."""
+        mixed_N = np.empty_like(offset_N)
+        block_N = offset_N // BLOCK
+        for block in np.unique(block_N).tolist():
+            here_N = block_N == block
+            low, high = (end - self._starts[phase] for end in self.block(self._starts[phase] + block * BLOCK))
+            keys = order_keys(self._seed, phase, f"mixture {block}")
+            mixed_N[here_N] = low + permute(offset_N[here_N] - low, high - low, keys)
+        return mixed_N
+
+
 class Mixture:
     """The order of several sources together; an epoch of it is one of its longest run: see `num_rows`.
 
@@ -60,21 +124,19 @@ class Mixture:
 
     def __init__(self, orders: Sequence[Order], phases: Sequence[Phase], seed: int) -> None:
         check_phases(phases, len(orders))
+        self.schedule = Schedule(phases, seed)
         self._orders = tuple(orders)
-        self._seed = seed
-        self.phases = tuple(phases)
-        self._trees = [_tree(list(enumerate(phase.weights))) for phase in phases]
-        self._starts = [phase.start for phase in phases]
         self._first_row = np.cumsum([0, *(order.num_rows for order in orders)])
-        self._base = [[0] * len(orders)]  # counts at each phase's start
-        for tree, low, high in zip(self._trees, self._starts, self._starts[1:], strict=False):
-            used = _counts(tree, high - low, len(orders))
-            self._base.append([a + b for a, b in zip(self._base[-1], used, strict=True)])
 
     @property
     def num_rows(self) -> int:
         """Return the rows of all sources together. A mixture has no epochs of its own."""
         return int(self._first_row[-1])
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Return the weights over time."""
+        return self.schedule.phases
 
     @property
     def name(self) -> str:
@@ -100,31 +162,11 @@ class Mixture:
 
     def places(self, positions_N: Int64Array) -> tuple[Int64Array, Int64Array]:
         """Return each position's source and its place in that source's own order."""
-        source_N, index_N = np.empty((2, len(positions_N)), dtype=np.int64)
-        phase_N = np.searchsorted(self._starts, positions_N, side="right") - 1
-        for phase in np.unique(phase_N).tolist():
-            here_N = phase_N == phase
-            offset_N = self._mixed(positions_N[here_N] - self._starts[phase], phase)
-            sources, places = _follow(self._trees[phase], offset_N)
-            source_N[here_N] = sources
-            index_N[here_N] = np.array(self._base[phase])[sources] + places
-        return source_N, index_N
+        return self.schedule.places(positions_N)
 
     def counts(self, position: int) -> tuple[int, ...]:
-        """Return how many of the positions before `position` come from each source, whole blocks.
-
-        Exact where a block of 1024 ends (counted from the phase's start), else exact too: the
-        block in question is looked at. Cost: microseconds.
-        """
-        phase = bisect_right(self._starts, position) - 1
-        offset = position - self._starts[phase]
-        whole = offset - offset % BLOCK
-        counts = np.array(self._base[phase]) + _counts(self._trees[phase], whole, len(self._orders))
-        if rest := offset - whole:
-            first = self._starts[phase] + whole
-            sources, _ = self.places(np.arange(first, first + rest, dtype=np.int64))
-            counts += np.bincount(sources, minlength=len(self._orders))
-        return tuple(counts.tolist())
+        """Return how many of the positions before `position` come from each source."""
+        return self.schedule.counts(position)
 
     def epochs(self, position: int) -> tuple[float, ...]:
         """Return how often each source was gone through before `position`: above 1 it is upsampled."""
@@ -142,24 +184,6 @@ class Mixture:
             ]
             or [np.empty(0, dtype=np.int64)]
         )
-
-    def _mixed(self, offset_N: Int64Array, phase: int) -> Int64Array:
-        """Permute offsets within blocks; a block that the phase's end cuts is permuted as it is."""
-        end = self._starts[phase + 1] - self._starts[phase] if phase + 1 < len(self._starts) else None
-        block_N = offset_N // BLOCK
-        mixed_N = np.empty_like(offset_N)
-        for block in np.unique(block_N).tolist():
-            here_N = block_N == block
-            low = block * BLOCK
-            size = BLOCK if end is None else min(BLOCK, end - low)
-            keys = order_keys(self._seed, phase, f"mixture {block}")
-            mixed_N[here_N] = low + permute(offset_N[here_N] - low, size, keys)
-        return mixed_N
-
-
-def weights_by_name(weights: Mapping[str, float]) -> tuple[float, ...]:
-    """Return weights in the order of the sources' names, so that a recipe's order does not matter."""
-    return tuple(weights[name] for name in sorted(weights))
 
 
 def check_phases(phases: Sequence[Phase], num_sources: int) -> None:

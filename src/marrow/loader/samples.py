@@ -10,13 +10,13 @@ as the user chooses.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from marrow.core.errors import DataError, MarrowError
+from marrow.core.errors import DataError, MarrowError, UsageError
 from marrow.loader.stages import count, stage
 
 Int64Array = NDArray[np.int64]
@@ -67,6 +67,13 @@ class Collate:
     on_error: OnError = "raise"
     stack: Callable[[list[Any]], Any] | None = None
     skip: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.on_error not in get_args(OnError):
+            raise UsageError(
+                f"on_error = {self.on_error!r} is unknown",
+                hint=f"choose one of {', '.join(get_args(OnError))}",
+            )
 
     def __call__(self, samples: Samples, positions: range) -> Any:
         """Make a batch.

@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from marrow.core.errors import DataError, UsageError
+from marrow.core.errors import DataError, UsageError, explain_os_errors
 from marrow.loader.batch import LayRows
 from marrow.loader.formats.litdata import LitdataReader
 from marrow.loader.formats.mds import MdsReader
 from marrow.loader.formats.parquet import ParquetReader
-from marrow.loader.loader import order_of
+from marrow.loader.loader import open_shards, order_of
 from marrow.loader.order import Job, Walk, merge
 from marrow.loader.plan import Order
 from marrow.loader.prefetch.making import Maker
@@ -39,26 +39,33 @@ from marrow.loader.prefetch.supply import Supply
 from marrow.loader.reader import Rows, ShardReader
 from marrow.loader.samples import Collate, OnError, Transform
 from marrow.loader.source import Reader
+from marrow.loader.streaming.cache import Cache
 
 Int64Array = NDArray[np.int64]
 State = dict[str, Any]
 Source = str | Path | Sequence[str | Path] | Reader[Any]
 
 
-def open_source(source: Source, columns: Sequence[str] | None = None) -> Reader[Any]:
+def open_source(
+    source: Source, columns: Sequence[str] | None = None, cache: Cache | None = None
+) -> Reader[Any]:
     """Open whatever holds rows: Marrow's shards, MDS, litdata chunks, Parquet, or a reader as it is.
 
     A folder is known by what lies in it: manifest.json (shards), index.json (MDS or litdata), else Parquet.
+    At a URL are shards, which `cache` keeps here.
     """
     if not isinstance(source, str | Path | Sequence):
         return source
-    if isinstance(source, str | Path) and (path := Path(source)).is_dir():
-        if (path / "manifest.json").is_file():
-            return ShardReader(path)
-        if (path / "index.json").is_file():
-            is_litdata = b'"chunks"' in (path / "index.json").read_bytes()
-            return LitdataReader(path) if is_litdata else MdsReader(path)
-    return ParquetReader(source, columns)
+    if isinstance(source, str) and "://" in source:
+        return open_shards(source, cache)
+    with explain_os_errors("read the source", str(source)):
+        if isinstance(source, str | Path) and (path := Path(source)).is_dir():
+            if (path / "manifest.json").is_file():
+                return ShardReader(path)
+            if (path / "index.json").is_file():
+                is_litdata = b'"chunks"' in (path / "index.json").read_bytes()
+                return LitdataReader(path) if is_litdata else MdsReader(path)
+        return ParquetReader(source, columns)
 
 
 class LoaderDataset(IterableDataset[Any]):
@@ -73,6 +80,7 @@ class LoaderDataset(IterableDataset[Any]):
         the order of the files. rank, world: this process's share; leave them where a framework
         shares out the batches itself (Accelerate, the Trainer). skip: positions to leave out.
         prefetch, workers: as of `Supply`; unused within a DataLoader's worker, which is one itself.
+        cache: where shards of a URL are kept.
     """
 
     def __init__(
@@ -93,6 +101,7 @@ class LoaderDataset(IterableDataset[Any]):
         skip: Sequence[tuple[int, int]] = (),
         prefetch: int = 2,
         workers: int = 0,
+        cache: Cache | None = None,
     ) -> None:
         super().__init__()
         if batch_rows < 1 or world < 1 or batch_rows % world or not 0 <= rank < world:
@@ -100,7 +109,7 @@ class LoaderDataset(IterableDataset[Any]):
                 f"batches of {batch_rows} rows cannot be shared by rank {rank} of {world}",
                 hint="batch_rows counts the rows of all ranks; make it a multiple of their number",
             )
-        self.reader = open_source(source, columns)
+        self.reader = open_source(source, columns, cache)
         self._opened_by = os.getpid()
         self.batch_rows, self.seed = batch_rows, seed
         self._skip = merge(skip)
@@ -164,9 +173,9 @@ class LoaderDataset(IterableDataset[Any]):
             place = _Place(int(state["position"]), int(state["lead"]), int(state["inside"]))
             found = {name: state[name] for name in ("check", "seed", "order")}
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"this is no state of a LoaderDataset: {error!r}", hint="use what state_dict() gave"
-            ) from error
+            raise _no_state(repr(error)) from error
+        if min(place.position, place.lead, place.inside) < 0:
+            raise _no_state(f"{place}")
         mine = {"check": self.reader.check, "seed": self.seed, "order": self._order.name}
         for name, what in (("check", "data"), ("seed", "seed"), ("order", "order")):
             if found[name] != mine[name]:
@@ -344,6 +353,10 @@ class InOrder:
     def ahead(self, position: int, count: int) -> Int64Array:
         """Return the next `count` rows."""
         return self.rows(np.arange(position, position + count, dtype=np.int64))
+
+
+def _no_state(why: str) -> DataError:
+    return DataError(f"this is no state of a LoaderDataset: {why}", hint="use what state_dict() gave")
 
 
 def _order_of(reader: Reader[Any], seed: int, window: int | None, shuffle: bool) -> Order:

@@ -22,6 +22,7 @@ from torch import Tensor
 from marrow.core.errors import ModelError
 from marrow.models.config import ModelConfig
 from marrow.models.decoder import Decoder
+from marrow.text.tokenizer import Tokenizer
 
 FAMILIES = {
     "llama": "LlamaForCausalLM",
@@ -45,7 +46,7 @@ def save(folder: Path, decoder: Decoder, tokenizer_folder: Path | None = None) -
     tokens: dict[str, int] = {}
     if tokenizer_folder is not None:
         shutil.copyfile(tokenizer_folder / "tokenizer.json", folder / "tokenizer.json")
-        tokenizer, tokens = _read_tokenizer(folder / "tokenizer.json", decoder.config)
+        tokenizer, tokens = _read_tokenizer(tokenizer_folder, decoder.config)
         _write_json(folder / "tokenizer_config.json", tokenizer)
         _write_json(folder / "generation_config.json", {"_from_model_config": False} | tokens)
     _write_json(folder / CONFIG, to_config(decoder.config) | {"dtype": dtype} | tokens)
@@ -264,19 +265,31 @@ def _fill(decoder: Decoder, files: list[Path]) -> None:
         raise ModelError(f"{files[0].parent}: tensor {min(left)}{more} is missing")
 
 
-def _read_tokenizer(path: Path, config: ModelConfig) -> tuple[dict[str, Any], dict[str, int]]:
+def _read_tokenizer(folder: Path, config: ModelConfig) -> tuple[dict[str, Any], dict[str, int]]:
     """Return tokenizer_config.json's values, and the ids of bos, eos and pad where they exist."""
+    path = folder / "tokenizer.json"
     values = _read_json(path)
     added = {token["content"]: token["id"] for token in values.get("added_tokens", [])}
-    size = 1 + max([*added.values(), *dict(values["model"]["vocab"]).values()], default=-1)
+    vocab = values["model"]["vocab"]  # a list of [text, score] in Unigram models, where the place is the id
+    ids = range(len(vocab)) if isinstance(vocab, list) else vocab.values()
+    size = 1 + max([*added.values(), *ids], default=-1)
     if size > config.vocab_size:
         raise ModelError(f"{path}: {size} tokens do not fit the model's vocabulary of {config.vocab_size}")
     roles = {role: f"<|{role}|>" for role in ("bos", "eos", "pad") if f"<|{role}|>" in added}
-    tokenizer = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.max_positions,
-        "clean_up_tokenization_spaces": False,
-    } | {f"{role}_token": token for role, token in roles.items()}
+    given = folder / "tokenizer_config.json"
+    if added and not roles:  # another maker's
+        known = Tokenizer.load(folder)
+        texts = {number: text for text, number in added.items()}
+        roles = {"bos": texts[known.bos_id], "eos": texts[known.eos_id], "pad": texts[known.pad_id]}
+    tokenizer = (
+        (_read_json(given) if given.is_file() else {})
+        | {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": config.max_positions,
+            "clean_up_tokenization_spaces": False,
+        }
+        | {f"{role}_token": token for role, token in roles.items()}
+    )
     return tokenizer, {f"{role}_token_id": added[token] for role, token in roles.items()}
 
 

@@ -87,6 +87,7 @@ class Engine:
         dispatch.wanted()  # an unknown MARROW_KERNELS is refused before anything is read
         decoder = huggingface.load(folder)
         tokenizer = Tokenizer.load(folder)
+        tokenizer.token_bytes()  # one that cannot be streamed is refused here, not at the first request
         return cls(decoder, tokenizer, recipe, stop_ids=_stop_ids(folder), name=name or folder.name)
 
     @property

@@ -6,8 +6,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ordinary import ordinary_user
 
 from marrow.cli.main import VERBS, run
+from marrow.store.store import Store
 
 TABLE = pa.table({"kind": ["a", "b", "a", None], "size": [1, 2, 3, 4], "t": [float("nan"), 1.5, 2.0, None]})
 
@@ -137,3 +139,36 @@ def test_controls_in_values_do_not_reach_the_terminal(folder, capsys):
     pq.write_table(pa.table({"\x1b[31m": ["\x1b[2J", "\x1b[2J", "\x07"]}), "evil.parquet")
     for arguments in (("profile", "evil.parquet"), ("sql", "evil.parquet", "select * from data")):
         assert "\x1b" not in told(capsys, *arguments)[0]
+
+
+def test_an_engine_gives_the_same_profile(folder, capsys):
+    target = next(str(path) for path in sorted(folder.rglob("*.parquet")))
+    inline, _ = told(capsys, "profile", target, "--json")
+    assert told(capsys, "profile", target, "--json", "--engine", "threads", "--workers", "2")[0] == inline
+    _, err = told(capsys, "profile", target, "--engine", "magic", code=2)
+    assert "there is no engine 'magic'" in err
+
+
+def test_a_file_that_is_not_there_is_called_a_file(folder, capsys):
+    Store.open(folder / "home").close()
+    _, err = told(capsys, "profile", "none.csv", code=1)
+    assert "there is no file none.csv" in err
+    assert "hint: " in err
+
+
+@pytest.mark.parametrize("verb", [("profile",), ("sql", "select 1 from data")])
+def test_a_table_that_may_not_be_read_is_said(folder, capsys, verb):
+    (folder / "set").chmod(0)
+    with ordinary_user():
+        _, err = told(capsys, verb[0], "set/other.csv", *verb[1:], code=1)
+    (folder / "set").chmod(0o700)
+    assert "no permission at set/other.csv" in err
+    assert "readable" in err
+
+
+def test_hidden_files_are_no_tables(folder, capsys):
+    (folder / "set" / ".hidden.csv").write_text("x\n1\n")
+    (folder / "set" / ".cache").mkdir()
+    (folder / "set" / ".cache" / "more.csv").write_text("x\n1\n")
+    _, err = told(capsys, "sql", "set", "select * from nothing", code=2)
+    assert "tables: other, rows" in err.replace(", data", "")

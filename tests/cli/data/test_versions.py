@@ -237,4 +237,7 @@ loaded = {"torch", "numpy", "pyarrow", "obstore", "rich"} & sys.modules.keys()
 assert not loaded, loaded
 """
     for arguments in (["log", "d"], ["commit", "folder", "--to", "d"], ["checkout", "d", "out"], ["gc"]):
-        subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr

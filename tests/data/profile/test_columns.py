@@ -9,14 +9,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marrow.core.errors import DataError, SourceError
-from marrow.data.profile.columns import SHARES, ColumnProfile, Profile, profile, read_profile
+from marrow.data.engine import Processes, Threads
+from marrow.data.profile.columns import profile
 from marrow.data.profile.page import profile_page, write_profile_page
+from marrow.data.profile.record import SHARES, ColumnProfile, Profile, read_profile
 
 
 def made(tmp_path: Path, columns: Any, **options: Any) -> Profile:
@@ -158,6 +161,7 @@ def test_a_column_may_have_any_name(tmp_path, name):
     assert "<b>&lt;b&gt;" not in page
 
 
+@pytest.mark.slow
 def test_a_thousand_columns_have_a_profile(tmp_path):
     columns = {f"c{i}": [float(i), None, 2.0] for i in range(1000)}
     found = made(tmp_path, columns)
@@ -215,3 +219,28 @@ def test_the_page_needs_no_network(tmp_path):
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
     assert "Distribution of values" in page
     assert "Most frequent values" in page
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow", "csv"])
+@pytest.mark.parametrize("make", [lambda: Threads(2), lambda: Processes(2)], ids=["threads", "processes"])
+@pytest.mark.slow
+def test_every_engine_gives_the_same_profile(tmp_path, suffix, make):
+    draw = np.random.default_rng(5)
+    columns = {f"c{i}": draw.normal(size=9_000).round(i % 4) for i in range(23)}
+    columns["text"] = [f"{'word ' * (i % 7)}{i % 100}" for i in range(9_000)]
+    path = tmp_path / f"t.{suffix}"
+    table = pa.table(columns)
+    if suffix == "parquet":
+        pq.write_table(table, path, row_group_size=1_000)
+    elif suffix == "arrow":
+        with pa.ipc.new_file(path, table.schema) as file:
+            file.write_table(table, max_chunksize=700)
+    else:
+        pacsv.write_csv(table, path)
+    told: list[tuple[float, float | None, str]] = []
+    with make() as engine:
+        found = profile(
+            [path], lambda done, total, unit, figures=None: told.append((done, total, unit)), engine=engine
+        )
+    assert found == profile([path])
+    assert told[-1] == ((9_000, None, "rows") if suffix == "csv" else (24, 24, "columns"))

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marrow.core.errors import UsageError
-from marrow.data.profile.columns import Profile, profile
+from marrow.data.profile.columns import profile
 from marrow.data.profile.drift import Drift, DriftLimits, drift, ks_distance, stability_index
 from marrow.data.profile.page import drift_page, write_drift_page
+from marrow.data.profile.record import Profile
 
 
 def looked(folder: Path, **columns: Any) -> Profile:
@@ -186,3 +187,23 @@ def test_the_page_shows_the_columns_that_changed_first(tmp_path):
     assert "<i>" not in page
     found.write(tmp_path / "drift.json")
     assert json.loads((tmp_path / "drift.json").read_text())["verdict"] == "drift"
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.02])
+def test_the_index_of_categories_is_a_chi_square_of_their_counts(tmp_path, shift):
+    """Near each other; both are second-order in the difference, so a small shift leaves 5 %."""
+    generator = np.random.default_rng(4)
+    shares = np.array([0.4, 0.3, 0.2, 0.1])
+    moved = shares + np.array([shift, -shift, 0, 0])
+    rows = (20_000, 30_000)
+    old, new = (
+        generator.choice(["a", "b", "c", "d"], size=size, p=p)
+        for size, p in zip(rows, (shares, moved), strict=True)
+    )
+    found = compared(tmp_path, old, new)
+    counts = np.array([[(side == name).sum() for name in "abcd"] for side in (old, new)])
+    expected = counts.sum(0) * counts.sum(1, keepdims=True) / counts.sum()
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    scale = 1 / rows[0] + 1 / rows[1]
+    assert found.psi / scale == pytest.approx(chi_square, rel=0.05)
+    assert (chi_square > 3 + 3.5 * math.sqrt(6)) == (shift > 0) == (found.psi > found.psi_chance)

@@ -19,8 +19,10 @@ from marrow.core.config import load_recipe
 from marrow.core.errors import DataError, RecipeError, SourceError
 from marrow.data.clean import clean
 from marrow.data.config import DataRecipe, settings_of
+from marrow.data.engine import Processes, Threads
 from marrow.data.ingest import ingest
-from marrow.data.quality.expectations import CheckResult, ExpectationReport, check, check_expectations
+from marrow.data.quality.expectations import check, check_expectations
+from marrow.data.quality.report import CheckResult, ExpectationReport
 from marrow.data.quality_config import Expectation, PiiRecipe
 
 
@@ -485,3 +487,16 @@ def test_the_report_is_plain_data(tmp_path):
     assert again["results"][0]["samples"] == [{"file": "t.parquet", "line": 1, "value": "nan"}]
     assert again["results"][1]["samples"][0]["value"] == "2024-01-01"
     assert isinstance(report, ExpectationReport)
+
+
+@pytest.mark.parametrize("make", [lambda: Threads(2), lambda: Processes(2)], ids=["threads", "processes"])
+def test_every_engine_gives_the_same_report(tmp_path, make):
+    columns = {f"c{i}": [(row * 7919 + i) % 1_000 for row in range(5_000)] for i in range(11)}
+    path = write(tmp_path / "t.parquet", columns, row_group_size=512)
+    known = write(tmp_path / "k.parquet", {"k": list(range(900))})
+    expected = {f"c{i}": Expectation(unique=i % 2 == 0, max=990 - i, level="warn") for i in range(11)}
+    expected |= {"known": Expectation(column="c3", refers_to=f"{known}:k"), "gone": Expectation(min=0)}
+    inline = check_expectations([path], expected)
+    with make() as engine:
+        assert check_expectations([path], expected, engine=engine) == inline
+    assert {one.status for one in inline.results} >= {"warn", "fail"}

@@ -235,6 +235,7 @@ def ask(
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_dataset_of_the_hub_gives_its_rows_and_again_from_the_cache(tmp_path, hub):
     name = "hf://datasets/me/set"
     online = ask(

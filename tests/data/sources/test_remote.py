@@ -223,3 +223,17 @@ def test_names_match_as_a_glob_of_files_does(pattern, yes, no, tmp_path):
     if "**" not in pattern or pattern.endswith("/*.csv"):
         found = {p.relative_to(tmp_path).as_posix() for p in tmp_path.glob(pattern) if p.is_file()}
         assert found == set(yes)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("gs://bucket/a.csv", "gs:// is no address"),
+        ("ftp://host/a.csv", "ftp:// is no address"),
+        ("http://127.0.0.1:1/*.csv", "is a pattern"),
+    ],
+)
+def test_an_address_that_cannot_be_listed_or_read_is_refused_at_once(source: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        find_files(source)
+    assert "s3://" in str(caught.value.hint)

@@ -83,7 +83,10 @@ def test_nothing_is_imported_or_run(tmp_path):
         "new = {m for m in set(sys.modules) - before if not m.startswith('encodings')}\n"
         "assert n > 60 and not new, new"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_interpreter_without_sources_is_an_error_with_a_hint(tmp_path):

@@ -178,3 +178,25 @@ def test_an_encoding_is_named_as_it_was_found(tmp_path):
         with open_bytes(find_files(str(tmp_path / "a.txt")).files[0]) as stream:
             assert encoding_of(stream) == name
             assert isinstance(stream, io.RawIOBase)
+
+
+def test_a_refused_file_says_what_is_wrong_with_its_first_broken_row(tmp_path, read_rows):
+    (tmp_path / "a.csv").write_bytes(b"t,u\n1,2,3\n1,2,3\n")
+    with pytest.raises(SourceError, match=r"not 2 fields, in line 2 of .*a\.csv") as caught:
+        read_rows(tmp_path / "a.csv")
+    assert "delimiter" in str(caught.value.hint)
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(SourceError, match=r"1 of 1 rows .*not UTF-8, in line 1 of .*a\.txt") as caught:
+        read_rows(tmp_path / "a.txt")
+    assert "data.encoding" in str(caught.value.hint)
+
+
+def test_one_text_in_another_encoding_does_not_stop_the_others(tmp_path, read_rows):
+    """A row may be a whole text, so that one broken row is all rows of its file."""
+    for i in range(30):
+        (tmp_path / f"{i:02}.md").write_text(f"# {i}\n")
+    (tmp_path / "07.md").write_bytes(b"caf\xe9\n")
+    table, facts = read_rows(tmp_path)
+    assert (table.num_rows, facts["broken_rows"]) == (29, 1)
+    broken = json.loads((tmp_path / "rows-0" / "quarantine.jsonl").read_text())
+    assert (broken["file"], broken["line"], broken["reason"]) == ("07.md", 1, "not UTF-8")

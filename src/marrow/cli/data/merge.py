@@ -11,11 +11,10 @@ from marrow.cli.data.versions import as_data, echo_json, open_versions
 from marrow.core.config import load_recipe
 from marrow.core.errors import DataError, UsageError
 from marrow.data.config import DataRecipe
+from marrow.data.table_files import COLUMNAR
 from marrow.store.datasets.manifests import Entry
 from marrow.store.versions.merge import Side
 from marrow.store.versions.versions import Gate, Versions
-
-COLUMNAR = (".parquet", ".arrow", ".feather", ".ipc")  # that say themselves what type a column has
 
 
 @click.command("merge")

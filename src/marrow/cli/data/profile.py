@@ -2,19 +2,22 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import click
 
 from marrow.cli import console
 from marrow.cli.data.tables import choose, open_tables_of
+from marrow.cli.engine import engine_of, engine_options
 from marrow.core.errors import explain_os_errors
 from marrow.core.page import visible
-from marrow.data.profile.columns import PROFILE, SHARES, Profile, read_profile
+from marrow.data.engine import INLINE, Engine
 from marrow.data.profile.columns import profile as look
 from marrow.data.profile.drift import Drift, DriftLimits
 from marrow.data.profile.drift import drift as compare
 from marrow.data.profile.page import write_drift_page, write_profile_page
+from marrow.data.profile.record import PROFILE, SHARES, Profile, read_profile
 
 MEDIAN = SHARES.index(0.5)
 SHOWN = 200  # lines on stdout; the page and the JSON have all
@@ -25,9 +28,13 @@ SHOWN = 200  # lines on stdout; the page and the JSON have all
 @click.option("--table", help="Which table, where there are several: the name of its file.")
 @click.option("--out", type=click.Path(path_type=Path), help="A folder for profile.json and profile.html.")
 @click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
-def profile(target: str, table: str | None, out: Path | None, as_json: bool) -> None:
+@engine_options("looks at the columns of Parquet and Arrow files; the profile is the same")
+def profile(
+    target: str, table: str | None, out: Path | None, as_json: bool, engine_name: str, workers: int
+) -> None:
     """Describe the columns of TARGET: a file, folder, glob, or a name in the store."""
-    made = profile_of(target, table)
+    with closing(engine_of(engine_name, workers)) as engine:
+        made = profile_of(target, table, engine)
     if out is not None:
         _make(out)
         made.write(out / PROFILE)
@@ -73,13 +80,13 @@ def drift(
     context.exit(1 if check and found.verdict == "drift" else 0)
 
 
-def profile_of(target: str, table: str | None) -> Profile:
+def profile_of(target: str, table: str | None, engine: Engine = INLINE) -> Profile:
     """Make the profile of a target, or read it where the target is a profile.json."""
     path = Path(target)
     if path.suffix == ".json" and path.is_file():
         return read_profile(path)
     with open_tables_of(target) as tables, console.progress_of("profile") as progress:
-        return look(choose(tables, table, target), progress)
+        return look(choose(tables, table, target), progress, engine=engine)
 
 
 def _profile_text(made: Profile) -> str:

@@ -4,13 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from marrow.core.errors import SourceError, StoreError, UsageError
-from marrow.data.quality_config import JSON_LINES, TABLE_SUFFIXES, table_files
+from marrow.core.errors import ArtifactNotFound, SourceError, StoreError, UsageError, explain_os_errors
 from marrow.data.sql import tables_in
+from marrow.data.table_files import table_files
 from marrow.store.store import Store
 from marrow.store.versions.versions import Versions
-
-SUFFIXES = TABLE_SUFFIXES + JSON_LINES
 
 
 @contextmanager
@@ -18,16 +16,24 @@ def open_tables_of(target: str) -> Iterator[dict[str, list[Path]]]:
     """Give the tables of a target by name; `data` is the target itself, if it can be told.
 
     Args: target: a path or glob; else a name, name@version, version~n or id prefix of the store.
-    Raises: SourceError if it holds no table; ArtifactNotFound.
+    Raises: SourceError if it holds no table; ArtifactNotFound; NotPermitted.
     """
     path = Path(target)
-    if path.is_dir() or path.is_file():
+    with explain_os_errors("read the table", path):
+        is_there = path.is_dir() or path.is_file()
+        files = [] if is_there else table_files(target)
+    if is_there:
         yield tables_in(path)
-    elif files := table_files(target):
+    elif files:
         yield {"data": files}
     else:
         with _store(target) as store:
-            artifact = Versions(store).resolve(target) if "~" in target else store.resolve(target)
+            try:
+                artifact = Versions(store).resolve(target) if "~" in target else store.resolve(target)
+            except ArtifactNotFound as error:
+                raise ArtifactNotFound(
+                    f"there is no file {target}, and {error.message}", hint=error.hint
+                ) from error
             yield tables_in(store.view(artifact))
 
 

@@ -118,7 +118,9 @@ def commit(
 
 @click.command("log")
 @click.argument("target")
-@click.option("-n", "--limit", default=50, show_default=True, help="How many versions at most.")
+@click.option(
+    "-n", "--limit", type=click.IntRange(1), default=50, show_default=True, help="How many versions at most."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the versions as JSON.")
 def log(target: str, limit: int, as_json: bool) -> None:
     """List TARGET and the versions that it was made from, newest first."""

@@ -28,7 +28,7 @@ import numpy as np
 
 from marrow.core.errors import UsageError, explain_os_errors
 from marrow.core.files import atomic_file
-from marrow.data.profile.columns import ColumnProfile, Distribution, Profile
+from marrow.data.profile.record import ColumnProfile, Distribution, Profile
 
 Verdict = Literal["same", "changed", "drift"]
 FLOOR = 1e-4  # least share of an empty part, if half a row is less; the index would be infinite

@@ -8,8 +8,8 @@ from marrow.core.charts import Bar, bar_chart
 from marrow.core.errors import explain_os_errors
 from marrow.core.files import atomic_file
 from marrow.core.page import Cell, Html, Page, Tile, compact, details, prose, table, tiles
-from marrow.data.profile.columns import SHARES, ColumnProfile, Distribution, Profile
 from marrow.data.profile.drift import ColumnDrift, Drift
+from marrow.data.profile.record import SHARES, ColumnProfile, Distribution, Profile
 
 MAX_DRAWN = 200  # columns with charts of their own; the table names all that it has room for
 MAX_BARS = 12
@@ -79,7 +79,9 @@ def drift_page(drift: Drift, title: str = "drift") -> str:
     limits = drift.limits
     note = (
         f"psi: {limits.psi_warn:g} changed, {limits.psi_fail:g} drift; "
-        f"ks: {limits.ks_warn:g} changed, {limits.ks_fail:g} drift; each beyond what chance explains."
+        f"ks: {limits.ks_warn:g} changed, {limits.ks_fail:g} drift; each beyond what chance explains. "
+        "Categories have psi alone, and by it a chi-square test: psi / (1/before + 1/now), in rows, is "
+        "about the chi-square of their counts, and chance explains 3.5 standard deviations of that."
     )
     page.section("Columns", table(header, rows, caption="Columns, most changed first"), prose(note))
     for column in worst[:MAX_DRAWN]:

@@ -20,14 +20,14 @@ holds since 2007.
 import re
 from collections.abc import Callable
 
-_CPF = re.compile(r"\d{3}\.\d{3}\.\d{3}-\d{2}")
-_CHINA = re.compile(r"[1-8]\d{5}(?:19|20)\d{2}(\d{2})(\d{2})\d{3}[0-9X]")
-_HETU = re.compile(r"(\d{2})(\d{2})\d{2}[-+A]\d{3}[0-9A-FHJ-NPR-Y]")
-_NIR = re.compile(r"([12]) ?(\d{2}) ?(\d{2}) ?(\d{2}|2[AB]) ?(\d{3}) ?(\d{3}) ?(\d{2})")
-_CODICE = re.compile(r"[A-Z]{6}\d{2}[A-EHLMPRST]\d{2}[A-Z]\d{3}[A-Z]")
-_PESEL = re.compile(r"\d{2}(\d{2})(\d{2})\d{5}")
-_SPAIN = re.compile(r"([XYZ]?)-?(\d{7,8})-([A-HJ-NP-TV-Z])")
-_SWEDEN = re.compile(r"(?:19|20)?\d{2}(\d{2})(\d{2})[-+]\d{4}")
+_CPF = re.compile(r"\d{3}\.\d{3}\.\d{3}-\d{2}", re.ASCII)
+_CHINA = re.compile(r"[1-8]\d{5}(?:19|20)\d{2}(\d{2})(\d{2})\d{3}[0-9X]", re.ASCII)
+_HETU = re.compile(r"(\d{2})(\d{2})\d{2}[-+A]\d{3}[0-9A-FHJ-NPR-Y]", re.ASCII)
+_NIR = re.compile(r"([12]) ?(\d{2}) ?(\d{2}) ?(\d{2}|2[AB]) ?(\d{3}) ?(\d{3}) ?(\d{2})", re.ASCII)
+_CODICE = re.compile(r"[A-Z]{6}\d{2}[A-EHLMPRST]\d{2}[A-Z]\d{3}[A-Z]", re.ASCII)
+_PESEL = re.compile(r"\d{2}(\d{2})(\d{2})\d{5}", re.ASCII)
+_SPAIN = re.compile(r"([XYZ]?)-?(\d{7,8})-([A-HJ-NP-TV-Z])", re.ASCII)
+_SWEDEN = re.compile(r"(?:19|20)?\d{2}(\d{2})(\d{2})[-+]\d{4}", re.ASCII)
 
 _CODICE_ODD = dict(
     zip(

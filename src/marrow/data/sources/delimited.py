@@ -37,12 +37,17 @@ _KINDS: dict[pa.DataType, Kind] = {
 
 @dataclass(slots=True)
 class Tally:
-    """What happened in one file. Misfits: rows that do not fit a type of the recipe; broken as well."""
+    """What happened in one file.
+
+    num_misfits: rows that do not fit a type of the recipe; broken as well. first: what is wrong with
+    the first broken row, and where.
+    """
 
     num_rows: int = 0
     num_blank: int = 0
     num_broken: int = 0
     num_misfits: int = 0
+    first: str = ""
 
     def add(self, other: "Tally") -> None:
         """Count another one's as well."""
@@ -50,6 +55,7 @@ class Tally:
         self.num_blank += other.num_blank
         self.num_broken += other.num_broken
         self.num_misfits += other.num_misfits
+        self.first = self.first or other.first
 
 
 @dataclass(slots=True)
@@ -231,11 +237,25 @@ def check_share(file: SourceFile, tally: Tally) -> None:
     how, hint = "", f"is it really {file.format}? set data.format otherwise"
     if file.format == "csv" and (dialect := sniff_file(file)) is not None:
         how = f" (read with delimiter {dialect.delimiter!r}, {len(dialect.names)} columns)"
-        hint = "check the delimiter, the quotes and data.encoding; the first line is the header"
-    raise SourceError(
-        f"{file.where}: {tally.num_broken} of {tally.num_broken + tally.num_rows} rows are broken{how}",
-        hint=hint,
-    )
+        hint = "check the delimiter and the quotes; the first line is the header"
+    raise too_many_broken(f"{file.where}: {_share(tally)}{how}", tally, hint)
+
+
+def check_texts(tally: Tally) -> None:
+    """Refuse plain texts of which more are broken than whole, all files together. Raises: SourceError."""
+    if tally.num_broken > tally.num_rows:
+        raise too_many_broken(f"of the texts {_share(tally)}", tally, "set data.format if they are no texts")
+
+
+def too_many_broken(what: str, tally: Tally, hint: str) -> SourceError:
+    """Return the error, with the first broken row and what would mend it."""
+    if tally.first.startswith("not UTF"):
+        hint = 'set data.encoding to the one that was used, such as "latin-1" or "cp1252"'
+    return SourceError(f"{what}; the first: {tally.first}" if tally.first else what, hint=hint)
+
+
+def _share(tally: Tally) -> str:
+    return f"{tally.num_broken} of {tally.num_broken + tally.num_rows} rows are broken"
 
 
 def sniff_file(file: SourceFile) -> Dialect | None:

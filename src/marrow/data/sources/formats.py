@@ -61,14 +61,20 @@ def read_file(file: SourceFile, tally: Tally, broken: Callable[[Broken], None]) 
 
     Raises: SourceError if the file is damaged, mostly broken, or not of its format; NotPermitted.
     """
+
+    def noted(one: Broken) -> None:
+        tally.first = tally.first or f"{one.reason}, in line {one.line} of {file.where}"
+        broken(one)
+
     if file.format == "csv":
-        yield from read_delimited(file, tally, broken)
+        yield from read_delimited(file, tally, noted)
     else:
         reader = {"jsonl": _read_jsonl, "parquet": _read_parquet, "arrow": _read_arrow, "text": _read_text}
-        for chunk in reader[file.format](file, tally, broken):
+        for chunk in reader[file.format](file, tally, noted):
             tally.num_rows += chunk.batch.num_rows
             yield chunk
-    if file.is_whole:  # of a range, whoever reads the others knows
+    # Of a range, whoever reads the others knows; of a text, a row of which may be all, whoever reads all.
+    if file.is_whole and file.format != "text":
         check_share(file, tally)
 
 

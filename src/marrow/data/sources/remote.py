@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, cast
 
-from marrow.core.errors import SourceError
+from marrow.core.errors import SourceError, UsageError
 from marrow.data.sources.file import FileList, SourceFile
-from marrow.store.remote.client import Remote, split_url
+from marrow.store.remote.client import Remote, is_url, split_url
 
 READ_AHEAD_BYTES = 8 << 20  # of one request
 
@@ -25,7 +25,17 @@ def find_remote(source: str, format: str, encoding: str) -> FileList:
     Raises: SourceError if there is none; UsageError for what is no such address, or a folder or glob
         of http(s); NotPermitted; Unreachable.
     """
+    if not is_url(source):
+        raise UsageError(
+            f"data.source: {source.partition('://')[0]}:// is no address that rows can be read from",
+            hint="write s3://, http://, https://, file:// or hf://datasets/, or a path of this machine",
+        )
     if not source.startswith("s3://"):
+        if glob.has_magic(source.partition("?")[0]):
+            raise UsageError(
+                f"data.source: {source} is a pattern, and http(s) has no listing of files",
+                hint="name one file; folders and patterns are for this machine and s3://",
+            )
         root, name = split_url(source)
         with Remote.open(root) as remote:
             file = remote.head(name)

@@ -133,7 +133,7 @@ class LitdataReader:
             with stage("decode"):
                 try:
                     value = items.item(int(rows_B[place] - self._first[index]))
-                except (ValueError, IndexError, struct.error, OSError) as error:
+                except (ValueError, TypeError, IndexError, struct.error, OSError) as error:
                     raise self._damaged(index, f"an item does not decode: {error}") from error
             values[place] = value if isinstance(value, dict) else {"value": value}
         return Samples(values, rows_B, self)

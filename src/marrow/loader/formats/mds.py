@@ -115,7 +115,11 @@ class MdsReader:
             local = int(rows_B[place] - self._first[index])
             with stage("decode"):
                 low, high = int(offsets[local]), int(offsets[local + 1])
-                values[place] = self._shards[index].sample(memoryview(data)[low:high])
+                try:
+                    values[place] = self._shards[index].sample(memoryview(data)[low:high])
+                except (ValueError, LookupError, ArithmeticError) as error:
+                    path = self.folder / self._shards[index].name
+                    raise _damaged(path, f"sample {local} does not decode: {error}") from error
         return Samples(values, rows_B, self)
 
     def ahead(self, rows_N: Int64Array) -> None:

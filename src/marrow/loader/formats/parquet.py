@@ -199,11 +199,16 @@ def files_of(source: Source, suffix: str) -> list[Path]:
 
 def _footer(path: Path) -> tuple[pq.FileMetaData, str]:
     """Read a file's metadata, and hash its bytes."""
-    with explain_os_errors("open a Parquet file", path), path.open("rb") as file:
+    with explain_os_errors("read a Parquet file", path), path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - 8))
         tail = file.read(8)
         if size < 12 or tail[4:] != _MAGIC:
+            if path.suffix != ".parquet":
+                raise DataError(
+                    f"{path} is no Parquet file",
+                    hint="rows are read from Parquet, shards, MDS and litdata; `marrow run` ingests all else",
+                )
             raise _damaged(path, "it does not end as a Parquet file does; it may be cut short")
         length = int.from_bytes(tail[:4], "little")
         file.seek(max(0, size - 8 - length))

@@ -4,6 +4,7 @@
                   to evict it needs an exclusive one. Its mtime is when it was last used.
     parts/KEY     a file being fetched, already as long as it will be. Its fetcher holds an
                   exclusive flock (a `Claim`), so nobody fetches it twice; at the end it is renamed.
+    spare/        evicted files that the next parts are written over (`spares.py`); they count, too
     lock          serialises admitting, publishing and evicting; holds an upper bound of the bytes used.
     clock         its mtime is the last tick of the order of use.
 
@@ -26,9 +27,11 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from marrow.core.errors import ResourceError, explain_os_errors
+from marrow.loader.streaming.spares import Spares
 
 # When the limit is met, this share more is evicted, so that not every file costs a walk of the folder.
 SLACK = 1 / 32
@@ -37,12 +40,16 @@ _AGES = 1 << 70  # more ns than any time has
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What is in the folder. pinned: in use by some process; parts: being fetched, or left behind."""
+    """What is in the folder.
+
+    pinned: in use by some process. part: being fetched, or left behind. spare: to be written over.
+    """
 
     num_files: int
     num_bytes: int
     pinned_bytes: int
     part_bytes: int
+    spare_bytes: int
 
 
 class Pin:
@@ -114,6 +121,7 @@ class Cache:
         self.evicted = 0
         self.evicted_bytes = 0
         self._shards, self._parts = self.folder / "shards", self.folder / "parts"
+        self._spares = Spares(self.folder / "spare")
         self._lock_path, self._clock = self.folder / "lock", self.folder / "clock"
         self._thread_lock = threading.Lock()
         self._lock_descriptor = -1
@@ -153,20 +161,18 @@ class Cache:
             )
         path = self._parts / (f"{key}~{uuid.uuid4().hex[:12]}" if beside else key)
         with self._locked() as lock:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            # Either another process fetches it, or it was published since the caller looked.
+            if not _is_free(path) or (self._shards / key).exists():
+                raise Busy(full=False)
+            path.unlink(missing_ok=True)  # what a killed fetcher left
+            if not self._make_room(lock, num_bytes):
+                raise Busy(full=True)
+            descriptor = self._spares.take(path)
+            if descriptor < 0:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if (self._shards / key).exists():  # published since the caller looked
-                    path.unlink(missing_ok=True)
-                    raise Busy(full=False)
-                os.ftruncate(descriptor, 0)  # what a killed fetcher left
-                if not self._make_room(lock, num_bytes):
-                    path.unlink(missing_ok=True)
-                    raise Busy(full=True)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
                 os.ftruncate(descriptor, num_bytes)
-            except BlockingIOError:
-                os.close(descriptor)
-                raise Busy(full=False) from None
             except BaseException:
                 os.close(descriptor)
                 raise
@@ -203,7 +209,11 @@ class Cache:
         """Evict at least so many bytes, if so many are not in use, whatever the limit; return them."""
         with self._locked() as lock:
             files = self._walk()
-            return self._evict(lock, files, sum(size for _, size, _ in files) - num_bytes)
+            used = sum(size for _, size, _ in files)
+            retired = self._retire(files, used - num_bytes + sum(self._spares.sizes().values()))
+            freed = self._spares.clear()
+            _note(lock, used - retired)
+            return freed
 
     def usage(self) -> Usage:
         """Look at the folder. Cost: an open and a lock for each file."""
@@ -211,7 +221,8 @@ class Cache:
         parts = [(path, size) for _, size, path in files if path.parent == self._parts]
         shards = [(path, size) for _, size, path in files if path.parent == self._shards]
         pinned = sum(size for path, size in shards if not _is_free(path))
-        return Usage(len(shards), sum(s for _, s in shards), pinned, sum(s for _, s in parts))
+        spare = sum(self._spares.sizes().values())
+        return Usage(len(shards), sum(s for _, s in shards), pinned, sum(s for _, s in parts), spare)
 
     def close(self) -> None:
         """Let go of everything that this object still holds. Closing twice is fine."""
@@ -234,7 +245,7 @@ class Cache:
                 os.close(descriptor)
             self._lock_descriptor = descriptor
             try:
-                if not (self._parts.is_dir() and self._shards.is_dir()):
+                if not all(folder.is_dir() for folder in (self._parts, self._shards, self._spares.folder)):
                     self._make_folders()
                 yield descriptor
             finally:
@@ -244,43 +255,45 @@ class Cache:
 
     def _make_folders(self) -> None:
         with explain_os_errors("make the cache", self.folder):
-            for folder in (self._shards, self._parts):
+            for folder in (self._shards, self._parts, self._spares.folder):
                 folder.mkdir(parents=True, exist_ok=True)
 
     def _make_room(self, lock: int, num_bytes: int) -> bool:
-        """Evict until `num_bytes` more fit; tell whether they do. Called under the lock."""
+        """Evict until `num_bytes` fit in place of the first spare; tell whether they do."""
         noted = os.pread(lock, 32, 0)
         bound = int(noted) if noted.isdigit() else None
-        if bound is None or bound + num_bytes > self.max_bytes:
+        spare = self._spares.first_bytes()
+        if bound is None or bound - spare + num_bytes > self.max_bytes:
             files = self._walk()
             used = sum(size for _, size, _ in files)
-            if used + num_bytes > self.max_bytes:
-                most = self.max_bytes - num_bytes
-                used -= self._evict(lock, files, int(most - self.max_bytes * SLACK))
-                if used > most:
-                    return False
-            bound = used
-        _note(lock, bound + num_bytes)
+            most = self.max_bytes - num_bytes
+            if used > most:
+                used -= self._retire(files, int(most - self.max_bytes * SLACK))
+            bound = used + self._spares.trim(max(0, most - used))
+            if used > most:
+                _note(lock, bound)
+                return False
+            spare = self._spares.first_bytes()
+        _note(lock, bound - spare + num_bytes)
         return True
 
-    def _evict(self, lock: int, files: list[tuple[int, int, Path]], keep_bytes: int) -> int:
-        """Remove the least recently used files that nobody holds until no more than that is left."""
+    def _retire(self, files: list[tuple[int, int, Path]], keep_bytes: int) -> int:
+        """Make spares of the least recently used files that nobody holds; return their bytes."""
         used = sum(size for _, size, _ in files)
         freed = 0
         # Parts first: one that nobody holds was left by a killed fetcher.
         for _, size, path in sorted(files, key=lambda file: (file[2].parent != self._parts, file[0])):
             if used - freed <= keep_bytes:
                 break
-            if _remove_if_free(path):
+            if _with_lock(path, partial(self._spares.add, path)):
                 freed += size
                 if path.parent == self._shards:
                     self.evicted += 1
                     self.evicted_bytes += size
-        _note(lock, used - freed)
         return freed
 
     def _walk(self) -> list[tuple[int, int, Path]]:
-        """List (time of last use, bytes, path) of all files, parts too."""
+        """List (time of last use, bytes, path) of all files but the spares."""
         found = []
         for folder in (self._shards, self._parts):
             with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
@@ -337,12 +350,8 @@ def _is_free(path: Path) -> bool:
     return _with_lock(path, lambda: None)
 
 
-def _remove_if_free(path: Path) -> bool:
-    """Remove a file that no process holds; tell whether it is gone."""
-    return _with_lock(path, path.unlink)
-
-
 def _with_lock(path: Path, action: Callable[[], None]) -> bool:
+    """Do something with a file that no process holds; tell whether it was so, or there is none."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:

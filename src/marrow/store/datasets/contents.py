@@ -68,23 +68,25 @@ class Contents:
         return data
 
     def copy(self, digest: str, target: Path) -> None:
-        """Write the bytes to a new file, hashing what is written. Raises: DamagedBlob.
+        """Write the bytes to a new file, hashing what is written. Raises: DamagedBlob, FileExistsError.
 
         The file is removed again if the bytes are damaged. Nothing is flushed to disk.
         """
         place = self.blobs.place(digest)
-        if self.packs.has(digest) or not place.exists():
-            target.write_bytes(self.packs.read(digest))
-            return
-        try:
-            with place.open("rb", buffering=0) as source, target.open("xb", buffering=0) as out:
-                found = copy_and_hash(source.fileno(), out.fileno())
-        except BaseException:
-            target.unlink(missing_ok=True)
-            raise
-        if found[0] != digest:
-            target.unlink()
-            raise DamagedBlob(f"blob {digest[:12]} is damaged at {place}", hint=_VERIFY)
+        packed = self.packs.read(digest) if self.packs.has(digest) or not place.exists() else None
+        with target.open("xb") as out:  # outside the try: a file that is there stays
+            try:
+                if packed is not None:
+                    out.write(packed)
+                    out.flush()
+                    return
+                with place.open("rb", buffering=0) as source:
+                    found = copy_and_hash(source.fileno(), out.fileno())[0]
+                if found != digest:
+                    raise DamagedBlob(f"blob {digest[:12]} is damaged at {place}", hint=_VERIFY)
+            except BaseException:
+                target.unlink(missing_ok=True)
+                raise
 
     def verify(self, tell: Callable[[int], None] = lambda _: None, threads: int | None = None) -> Damage:
         """Hash every blob and pack member; set aside what is damaged, save what is good in its pack.

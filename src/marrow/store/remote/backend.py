@@ -15,6 +15,10 @@ MULTIPART_BYTES = 16 << 20
 """Larger files are written in parts of this size; their etag depends on it."""
 
 
+TRANSIENT = {"408", "425", "429", "500", "502", "503", "504", "509", "520", "522", "524"}
+"""Statuses of http after which the same request may succeed."""
+
+
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
     """One file. name: relative to the opened URL, with "/" between folders. etag: "" if unknown."""
@@ -68,10 +72,20 @@ class Backend(Protocol):
     def head(self, name: str) -> RemoteFile:
         """Describe a file."""
 
-    def open(self, name: str, start: int, end: int | None, etag: str, *, careful: bool = False) -> Opened:
+    def open(
+        self,
+        name: str,
+        start: int,
+        end: int | None,
+        etag: str,
+        *,
+        careful: bool = False,
+        scratch: memoryview | None = None,
+    ) -> Opened:
         """Read bytes [start, end), of exactly the version `etag` if that is not empty.
 
-        careful: in small pieces, since a transfer of this file has broken off before.
+        careful: in small pieces, since a transfer of this file has broken off before. scratch: memory
+        that the pieces may lie in, each only until the next is asked for.
         """
 
     def write(self, name: str, data: bytes | Path, condition: Condition) -> str:
@@ -79,3 +93,6 @@ class Backend(Protocol):
 
     def delete(self, name: str) -> None:
         """Delete a file; one that is not there is fine."""
+
+    def close(self) -> None:
+        """Let go of what is not in use. Closing twice is fine, and so is going on."""

@@ -35,7 +35,16 @@ class LocalFolder:
         """Describe a file."""
         return _describe(name, os.stat(self._path(name)))
 
-    def open(self, name: str, start: int, end: int | None, etag: str, *, careful: bool = False) -> Opened:
+    def open(
+        self,
+        name: str,
+        start: int,
+        end: int | None,
+        etag: str,
+        *,
+        careful: bool = False,
+        scratch: memoryview | None = None,
+    ) -> Opened:
         """Read bytes [start, end)."""
         del careful
         descriptor = os.open(self._path(name), os.O_RDONLY)
@@ -43,7 +52,7 @@ class LocalFolder:
         if etag and file.etag != etag:
             os.close(descriptor)
             raise Failure("changed", f"{name} changed meanwhile", transient=False)
-        return Opened(file, _chunks(descriptor, start, end))
+        return Opened(file, _chunks(descriptor, start, end, scratch))
 
     def write(self, name: str, data: bytes | Path, condition: Condition) -> str:
         """Write a file so that its name appears with all of its bytes, on the disk."""
@@ -65,6 +74,9 @@ class LocalFolder:
     def delete(self, name: str) -> None:
         """Delete a file; one that is not there is fine."""
         self._path(name).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Do nothing."""
 
     def _publish(self, temporary: Path, target: Path, condition: Condition) -> None:
         if condition.absent:
@@ -91,12 +103,13 @@ def _describe(name: str, stat: os.stat_result) -> RemoteFile:
     return RemoteFile(name, stat.st_size, etag, stat.st_mtime)
 
 
-def _chunks(descriptor: int, start: int, end: int | None) -> Iterator[Buffer]:
+def _chunks(descriptor: int, start: int, end: int | None, scratch: memoryview | None) -> Iterator[Buffer]:
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         file.seek(start)
         left = None if end is None else max(0, end - start)
         while left is None or left > 0:
-            chunk = file.read(CHUNK_BYTES if left is None else min(left, CHUNK_BYTES))
+            most = CHUNK_BYTES if left is None else min(left, CHUNK_BYTES)
+            chunk = file.read(most) if scratch is None else scratch[: file.readinto(scratch[:most])]
             if not chunk:
                 return
             yield chunk

@@ -29,21 +29,32 @@ from obstore.exceptions import (
 from obstore.store import HTTPStore, S3Store
 
 from marrow.core.errors import UsageError
-from marrow.store.remote.backend import MULTIPART_BYTES, Buffer, Condition, Failure, Opened, RemoteFile
+from marrow.store.remote.backend import (
+    MULTIPART_BYTES,
+    TRANSIENT,
+    Buffer,
+    Condition,
+    Failure,
+    Opened,
+    RemoteFile,
+)
+from marrow.store.remote.direct import Direct, Unfit
 from marrow.store.remote.retry import Retry
 from marrow.store.remote.unsized import open_unsized
 
-# Small enough that 16 downloads hold 32 MiB, large enough that Python is not what is measured.
-CHUNK_BYTES = 2 << 20
+# PERF: as they come, not joined to larger ones, whose memory is new each time: 0.6 of the CPU time of
+# 2 MiB when 64 files of 8 MiB are written to a disk's cache, 16 at a time, by one process.
+CHUNK_BYTES = 128 << 10
 # After a break: bytes are lost from the last whole chunk on, so small ones get over a bad line.
 CAREFUL_BYTES = 64 << 10
 
 _STATUS = re.compile(r"status code: (\d{3})")
 _KIND = re.compile(r"kind: (Connect|Request|Timeout|Interrupted|Decode|Unknown)\b")
 _KINDS = {"Connect": "connect", "Timeout": "timeout", "Interrupted": "cut", "Decode": "cut", "Request": "cut"}
-_TRANSIENT = {"408", "425", "429", "500", "502", "503", "504", "509", "520", "522", "524"}
 _ERRORS = (BaseError, OSError, ValueError)
 _QUERY = re.compile(r"\?[^\s|)]*")
+
+_SIGNED_FOR = timedelta(minutes=15)
 
 _runtime_pid: int | None = None
 
@@ -53,16 +64,18 @@ class ObjectStore:
 
     def __init__(self, url: str, retry: Retry) -> None:
         parts = urlsplit(url)
+        most_s = max(600.0, 4 * retry.total_s)
         client: dict[str, Any] = {
             "connect_timeout": timedelta(seconds=min(10.0, retry.timeout_s)),
             "read_timeout": timedelta(seconds=retry.timeout_s),
             # The bound of a whole answer: only against bytes that drip for ever.
-            "timeout": timedelta(seconds=max(600.0, 4 * retry.total_s)),
+            "timeout": timedelta(seconds=most_s),
         }
         none: dict[str, Any] = {"max_retries": 0, "retry_timeout": timedelta(seconds=retry.total_s)}
         self._url, self._timeout_s = url, retry.timeout_s
         self._listable = parts.scheme == "s3"
         self._ranges = True
+        self._direct: Direct | None = Direct(self._address, retry.timeout_s, most_s)
         try:
             if parts.scheme == "s3":
                 client["allow_http"] = _may_use_http()
@@ -108,9 +121,28 @@ class ObjectStore:
         except _ERRORS as error:
             raise _failure(error) from error
 
-    def open(self, name: str, start: int, end: int | None, etag: str, *, careful: bool = False) -> Opened:
+    def open(
+        self,
+        name: str,
+        start: int,
+        end: int | None,
+        etag: str,
+        *,
+        careful: bool = False,
+        scratch: memoryview | None = None,
+    ) -> Opened:
         """Read bytes [start, end); the answer's head is there on return, its bytes come as they do."""
         check_process()
+        direct = self._direct
+        if scratch is not None and direct is not None and self._ranges:
+            try:
+                return direct.open(name, start, end, etag, scratch, careful=careful)
+            except Unfit:
+                opened = self.open(name, start, end, etag, careful=careful)
+                # What was refused there and not here will be refused again.
+                direct.close()
+                self._direct = None
+                return opened
         # A weak etag never matches in a condition (RFC 9110, 13.1.1).
         options: dict[str, Any] = {"if_match": etag} if etag and not etag.startswith("W/") else {}
         partial = start > 0 or end is not None
@@ -159,7 +191,18 @@ class ObjectStore:
         except _ERRORS as error:
             raise _failure(error) from error
 
+    def close(self) -> None:
+        """Close the connections of `direct.py`; obstore keeps its own."""
+        if self._direct is not None:
+            self._direct.close()
+
     def _address(self, name: str) -> str:
+        """Return the URL of a file, for S3 one that is signed and good for some minutes."""
+        if self._listable:
+            try:
+                return obstore.sign(self._store, "GET", name, _SIGNED_FOR)
+            except _ERRORS as error:  # such as no credentials, for a bucket that is open to all
+                raise Unfit from error
         parts = urlsplit(self._url)
         return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}", fragment=""))
 
@@ -244,7 +287,7 @@ def _failure(error: BaseException) -> Failure:
         return Failure("changed", words, transient=False)
     status = _STATUS.search(text)
     if status is not None:
-        return Failure(status[1], words, transient=status[1] in _TRANSIENT)
+        return Failure(status[1], words, transient=status[1] in TRANSIENT)
     if isinstance(error, FileNotFoundError):
         return Failure("404", words, transient=False)
     if isinstance(error, PermissionDeniedError | UnauthenticatedError):

@@ -38,7 +38,6 @@ UNSETTLED = -1  # in place of the inode: no file's
 _MAGIC = b"marrow-index 2\n"
 _HEAD = struct.Struct("<32sQ")  # manifest, number of packs
 _BLOCK = struct.Struct("<QQQ")  # files, bytes of the folder's name, bytes of the names
-_PER_FILE = 32 + 32 + 1  # stamp, hash, is it in a pack
 
 
 @dataclass(frozen=True, slots=True)
