@@ -44,8 +44,8 @@ settings.load_profile("marrow")
 OWN_SETTINGS = "_hypothesis_internal_use_settings"
 
 
-# Fixtures that cost 4 to 7 CPU-seconds: a whole run, and the interpreter's documentation as rows.
-COSTLY = {"finished", "stdlib_rows"}
+# Fixtures that cost 4 to 7 CPU-seconds: a whole run, the interpreter's documentation as rows, a browser.
+COSTLY = {"finished", "stdlib_rows", "chromium"}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -71,6 +71,11 @@ def pytest_collection_finish() -> None:
     """Begin to collect garbage, all that is there by now left out."""
     gc.freeze()
     gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    """Let the collector see all again: at the end some libraries count what was left."""
+    gc.unfreeze()
 
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -75,6 +75,7 @@ def test_a_file_is_old_or_new_and_whole_wherever_its_writer_is_killed(tmp_path):
     assert len(seen) > 1  # the kills did hit the work
 
 
+@pytest.mark.slow
 def test_a_folder_is_whole_or_absent_wherever_its_writer_is_killed(tmp_path):
     target = tmp_path / "folder"
     seen = set()

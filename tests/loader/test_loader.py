@@ -273,6 +273,7 @@ def wait_for_lines(path: Path, count: int) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_it_goes_on_where_it_was(shards: Path, tmp_path: Path) -> None:
     for lines in (5, 12):
         process = start_program(shards, tmp_path)
@@ -381,6 +382,7 @@ def test_a_batch_that_is_held_never_changes(shards: Path) -> None:
     assert all(torch.equal(view, copy) for view, copy in held)
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_batches(shards: Path) -> None:
     here = take(Loader(shards, 4, 1), 80)
     there = take(Loader(shards, 4, 1, workers=1), 80)

@@ -59,6 +59,7 @@ def test_settings_are_few_and_workers_bounded() -> None:
     assert [one.workers for one in settings_of(4)][4:] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_prefetch_hides_work_behind_a_step(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": np.arange(512)}), tmp_path / "a.parquet", row_group_size=64)
 

@@ -117,6 +117,7 @@ def test_every_weight_learns(tiny, mode):
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.slow
 def test_it_compiles_into_one_graph_for_all_batches(tiny):
     """Two packings of the same shape, new tensors each: the graph of the first serves the second."""
     compiles = 0

@@ -30,6 +30,7 @@ def kill(times: int) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_killed_twice_both_stores_are_whole() -> None:
     assert kill(2).startswith("2 kills")
 

@@ -163,6 +163,7 @@ def test_killed_40_times_at_random_nothing_half_looks_whole(home: Path, spawn: C
     assert len(assert_whole(home)) > 10
 
 
+@pytest.mark.slow
 def test_killed_4_times_at_random_the_store_is_whole(home: Path, spawn: Callable[..., Any]) -> None:
     assert spawn(DRIVER, home, 4).result() == ["4"]
     assert_whole(home)

@@ -8,6 +8,8 @@ start_s = time.process_time()
 import sqlalchemy, sqlalchemy.dialects.sqlite
 ready_s = time.process_time()
 from pathlib import Path
+import pytest
+
 from marrow.core.records import Parent
 from marrow.store.steps import Step, run_step
 from marrow.store.store import Store
@@ -29,6 +31,7 @@ print(sorted(set(sys.argv[2].split()) & set(sys.modules)))
 HEAVY = "torch numpy pandas pyarrow transformers rich obstore duckdb psycopg fastapi http.client"
 
 
+@pytest.mark.slow
 def test_ten_cached_steps_are_found_in_no_time_without_torch(home: Path, spawn: Callable[..., Any]) -> None:
     """The import of SQLAlchemy is four fifths of the start; all the rest may take half as long as it."""
     assert spawn(RUN, home, HEAVY).result()[1] == "built"

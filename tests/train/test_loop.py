@@ -158,6 +158,7 @@ def start_child(corpus: Path, recipe: TrainRecipe, model: ModelConfig, folder: P
     )
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(
     corpus: Path, tiny_recipe: Make, tiny_model: ModelConfig, tmp_path: Path
 ) -> None:

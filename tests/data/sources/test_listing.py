@@ -69,6 +69,7 @@ def test_a_file_without_permission_is_said(folder):
         list(read_file(find_files(str(folder / "one.csv")).files[0], Tally(), lambda _: None))
 
 
+@pytest.mark.slow
 def test_the_fingerprint_follows_the_files(folder):
     recipe = DataRecipe(source=str(folder))
     first = fingerprint(recipe)

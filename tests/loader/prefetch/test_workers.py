@@ -174,6 +174,7 @@ def test_a_batch_that_always_kills_its_worker_is_named(tmp_path: Path) -> None:
     pool.close()
 
 
+@pytest.mark.slow
 def test_a_dead_worker_whose_socket_lives_on_is_noticed(tmp_path: Path) -> None:
     start_s = time.monotonic()
     found = all_of(jobs.GrandchildAt(3, tmp_path), 8, 1)
@@ -181,6 +182,7 @@ def test_a_dead_worker_whose_socket_lives_on_is_noticed(tmp_path: Path) -> None:
     assert time.monotonic() - start_s < 7, "before the grandchild ended"
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_named_with_its_stage() -> None:
     pool = Workers(
         jobs.HangsAt(2), iter(range(9)), 2, 4, timeout_s=0.7, describe=lambda task: f"batch {task}"
