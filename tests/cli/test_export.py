@@ -44,6 +44,9 @@ def test_shards_exported_to_a_bucket_are_streamed_by_the_loader(
         for a, b in zip(streamed, local, strict=True):
             assert np.array_equal(a.tokens_N.numpy(), b.tokens_N.numpy())
             assert a.samples == b.samples
+        counted = streamed.counters()["shards"]
+        assert counted["misses"] >= 1 and counted["evicted"] == counted["damaged"] == 0
+        assert "shards" not in local.counters()
 
 
 def test_a_folder_that_has_files_is_left_alone(named: str, tmp_path: Path) -> None:

@@ -212,7 +212,8 @@ def test_shards_that_cost_room_are_let_go(shards: Path, table: list[dict[str, ob
             assert len(files.pins) == len(set(files.pins)) <= max(files.max_open, len(used))
         reader.ahead(np.array([reader.num_rows - 1, 0, 1]))
         reader.ahead(np.array([reader.num_rows - 1, 0, 2]))
-        assert files.soon == [[int(shard_of[-1]), 0]], "each list of shards is told once"
+        wanted = [index for index in (int(shard_of[-1]), 0) if index not in files.pins]
+        assert files.soon == [wanted] != [[]], "what is not open yet, and each list once"
         assert not reader.is_local
     assert files.pins == []
     # Rows outlive the shards that were let go after them.

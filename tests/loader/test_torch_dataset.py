@@ -360,9 +360,11 @@ def test_shards_at_a_url_come_through_a_cache(shards: Path, tmp_path: Path) -> N
             LoaderDataset(url, 4, seed=3)
         data = LoaderDataset(url, 4, seed=3, cache=Cache(tmp_path / "cache", 1 << 20))
         there = [batch["input_ids"] for batch in data]
+        counted = data.counters()["shards"]
         data.reader.close()
     assert len(there) == len(here)
     assert all(torch.equal(a, b) for a, b in zip(there, here, strict=True))
+    assert counted["misses"] == len(list(shards.glob("*.arrow"))) and counted["retries"] == 0
 
 
 def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ needs a cache of its own, since those of one batch would wait for each other's r
 
 import json
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -98,6 +99,13 @@ class JoinedFiles:
             soon[part].append(index - self._start(part))
         for files, own in zip(self._parts, soon, strict=True):
             files.ahead(own)
+
+    def counters(self) -> dict[str, float]:
+        """Add up what happened in all parts."""
+        found: Counter[str] = Counter()
+        for files in self._parts:
+            found.update(getattr(files, "counters", dict)())
+        return dict(found)
 
     def close(self) -> None:
         """Close all of them."""

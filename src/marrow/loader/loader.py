@@ -28,7 +28,7 @@ from marrow.loader.plan import FullShuffle, Order, WindowShuffle
 from marrow.loader.prefetch.making import GroupMaker
 from marrow.loader.prefetch.supply import Supply
 from marrow.loader.reader import ShardReader
-from marrow.loader.source import Reader
+from marrow.loader.source import Reader, shard_counters
 from marrow.loader.state import LoaderState as LoaderState
 from marrow.loader.streaming.cache import Cache
 
@@ -146,8 +146,12 @@ class Loader(Generic[B]):
         return replace(self._start, position=self._position)
 
     def counters(self) -> dict[str, Any]:
-        """Return what happened so far: batches, seconds waited and worked by stage (`Supply.counters`)."""
-        return self._supply.counters() | {"batches": self._batches}
+        """Return what happened so far: batches, seconds waited and worked by stage (`Supply.counters`).
+
+        Of shards at a URL, under "shards", also what was found in the cache, fetched, asked for again,
+        damaged, evicted (`CachedShards.counters`); worker processes count for themselves.
+        """
+        return self._supply.counters() | {"batches": self._batches} | shard_counters(self.reader)
 
     def __iter__(self) -> Iterator[B]:
         return self

@@ -155,13 +155,20 @@ class ShardReader:
             return Rows(self._table, rows_N)
         return Rows(self._hold(rows_N), rows_N)
 
+    def counters(self) -> dict[str, float]:
+        """Return what happened with shards that are elsewhere; empty if there are none."""
+        found: dict[str, float] = getattr(self._files, "counters", dict)()
+        return found
+
     def ahead(self, rows_N: Int64Array) -> None:
         """Tell the files which shards come soon."""
         if self.is_local:
             return
-        soon = list(dict.fromkeys(self._shards_of(rows_N)))
+        soon = self._shards_of(rows_N)
         if len(self._entries) <= (self._files.max_open or 0):  # all have room: no need to choose
-            soon = list(dict.fromkeys([*soon, *range(len(self._entries))]))
+            soon += range(len(self._entries))
+        # PERF: without those that are open it is the same for many batches, and nobody need be told.
+        soon = [index for index in dict.fromkeys(soon) if index not in self._open]
         if soon != self._ahead:
             self._ahead = soon
             self._files.ahead(soon)
@@ -209,7 +216,7 @@ class ShardReader:
         """
         if self._rows_of_each:
             shards: list[int] = (rows_N // self._rows_of_each).tolist()
-            if max(shards, default=0) < len(self._entries) - 1:  # the last may be shorter
+            if max(shards, default=0) < len(self._entries):  # the last may be longer
                 return shards
         return [bisect_right(self._first_rows, row) - 1 for row in rows_N.tolist()]
 

@@ -9,7 +9,7 @@ of shards gets their paths from a `Files`: a plain folder here (`LocalFiles`), a
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,3 +103,9 @@ class LocalFiles:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+def shard_counters(reader: Reader[Any]) -> dict[str, Any]:
+    """Return what a reader counts of shards that are elsewhere, as "shards"; nothing if there are none."""
+    found: dict[str, float] = getattr(reader, "counters", dict)()
+    return {"shards": found} if found else {}

@@ -38,7 +38,7 @@ from marrow.loader.prefetch.making import Maker
 from marrow.loader.prefetch.supply import Supply
 from marrow.loader.reader import Rows, ShardReader
 from marrow.loader.samples import Collate, OnError, Transform
-from marrow.loader.source import Reader
+from marrow.loader.source import Reader, shard_counters
 from marrow.loader.streaming.cache import Cache
 
 Int64Array = NDArray[np.int64]
@@ -192,7 +192,7 @@ class LoaderDataset(IterableDataset[Any]):
         self._is_loaded = True
 
     def counters(self) -> dict[str, Any]:
-        """Return what happened in this process's last pass (`Supply.counters`)."""
+        """Return what happened in this process's last pass (as `Loader.counters`)."""
         return self._counters
 
     def __iter__(self) -> Iterator[Any]:
@@ -225,7 +225,7 @@ class LoaderDataset(IterableDataset[Any]):
         self._place = start
         with supply:
             yield from self._given(supply, start, workers)
-            self._counters = supply.counters()
+            self._counters = supply.counters() | shard_counters(self._own_reader())
         self._place = _Place(stop)
 
     def _given(self, supply: "Supply[Job, _Made]", start: "_Place", workers: int) -> Iterator[Any]:
@@ -235,7 +235,7 @@ class LoaderDataset(IterableDataset[Any]):
                 made = supply.take()
             except StopIteration:
                 return
-            self._counters = supply.counters()
+            self._counters = supply.counters() | shard_counters(self._own_reader())
             after = _Place(made.end, workers - 1)
             if not self._samples:
                 self._place = after

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,6 +173,25 @@ def test_a_cache_that_others_keep_full_is_an_error_in_bounded_time(
         assert mine.counters()["full_waits"] == 1
         theirs.release(0)
         assert origin.is_whole(2, mine.path(2))
+
+
+def test_two_jobs_that_wait_for_each_others_room_go_on(
+    origin: Origin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each holds half of the cache and wants one more: what one has mapped it keeps, without its name."""
+    monkeypatch.setattr(fetch, "STUCK_S", 0.2)
+    origin.add(6, 10 * KB)
+    with ExitStack() as stack:
+        jobs = [stack.enter_context(origin.open(Cache(tmp_path, 25 * KB))) for _ in range(2)]
+        held = [job.path(index).open("rb") for index, job in enumerate(jobs)]
+        for file in held:
+            stack.callback(file.close)
+        with ThreadPoolExecutor(2) as pool:
+            more = [pool.submit(job.path, 2 + index) for index, job in enumerate(jobs)]
+            paths = [one.result(timeout=30) for one in more]
+        assert all(origin.is_whole(2 + index, path) for index, path in enumerate(paths))
+        assert [file.read() for file in held] == [content(index, 10 * KB) for index in range(2)]
+        assert sum(job.counters()["overdrawn"] for job in jobs) >= 1
 
 
 def test_room_that_the_plan_took_is_given_to_one_that_is_waited_for(origin: Origin, tmp_path: Path) -> None:

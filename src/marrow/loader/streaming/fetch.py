@@ -24,6 +24,7 @@ from marrow.store.remote.client import Remote
 TRIES = 3
 # How long one waits for room that others hold before it is an error.
 PATIENCE_S = 60.0
+STUCK_S = 2.0  # after which two jobs that wait for each other's room are taken to
 # How long another process's fetch may stand still before one does not wait for it any more.
 STUCK_S = 120.0
 # How often one looks again at what only another process can change.
@@ -51,7 +52,7 @@ class Counts:
     per process. damaged: arrived, or found, with wrong bytes. waits, wait_s: of the consumer, for a
     shard that was not ready. shared_waits: for another process's fetch. full_waits: for room.
     dropped_ahead: fetched ahead and given up for one that was needed first. overdrawn: given up in
-    use, since this process alone holds more than the cache has. disk_full: writes that found no
+    use, since this process alone holds more than the cache has, or was stuck. disk_full: writes that found no
     space. fetch_s: of all threads together.
     """
 
@@ -97,7 +98,7 @@ class Fetcher:
     """
 
     def __init__(
-        self, remote: Remote, files: tuple[ShardFile, ...], cache: Cache, give_up: Callable[[int], bool]
+        self, remote: Remote, files: tuple[ShardFile, ...], cache: Cache, give_up: Callable[[int, bool], bool]
     ) -> None:
         self.remote = remote
         self.counts = Counts()
@@ -153,7 +154,8 @@ class Fetcher:
             except Busy as busy:
                 if busy.full and not errand.wanted():
                     return None
-                if busy.full and self._give_up(self._files[errand.index].num_bytes):
+                is_stuck = waiting.spent_s > STUCK_S
+                if busy.full and self._give_up(self._files[errand.index].num_bytes, is_stuck):
                     continue
                 if waiting.since_s is None:
                     self.count(**{"full_waits" if busy.full else "shared_waits": 1})
@@ -213,7 +215,7 @@ class Fetcher:
                     raise
                 self.count(disk_full=1)
                 wanting = max(len(view), CHUNK_BYTES)
-                if not self._cache.evict(wanting) and not self._give_up(wanting):
+                if not self._cache.evict(wanting) and not self._give_up(wanting, False):
                     raise DiskFull(
                         f"cannot cache a shard: no space left at {self._cache.folder}",
                         hint="free some space, or put the cache on a larger disk; its limit of "

@@ -282,18 +282,19 @@ class CachedShards:
             self._not_ahead(index)
         self._let_go(self._slot(index))
 
-    def _give_up(self, num_bytes: int) -> bool:
+    def _give_up(self, num_bytes: int, is_stuck: bool) -> bool:
         """Make room for a shard that someone waits for; tell whether there was something to give up.
 
         First what was fetched ahead, last. Then, if this process alone holds more than the cache
-        has, what was given out longest ago: whoever has mapped it keeps it, the name goes.
+        has, or has waited long for others who may wait for it, what was given out longest ago:
+        whoever has mapped it keeps it, the name goes.
         """
         with self._changed:
             if self._ahead:
                 self._drop(next(reversed(self._ahead)))
                 self._fetcher.count(dropped_ahead=1)
                 return True
-            if self._used and self._used_bytes + num_bytes > self.cache.max_bytes:
+            if self._used and (is_stuck or self._used_bytes + num_bytes > self.cache.max_bytes):
                 index = next(iter(self._used))
                 self._not_used(index)
                 self._let_go(self._slot(index))
