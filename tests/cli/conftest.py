@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,43 @@ def home(finished: Path, tmp_path: Path) -> Iterator[Path]:
 def tiny() -> Path:
     """The miniature recipe."""
     return TINY
+
+
+@pytest.fixture(scope="session")
+def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two tiny models of random weights: `base`, and `chat`, which brings a template too.
+
+    Their context holds 96 tokens.
+    """
+    from marrow.models import huggingface
+    from marrow.models.config import ModelConfig
+    from marrow.models.decoder import Decoder
+    from marrow.text.chat import CHATML
+    from marrow.text.tokenizer import Tokenizer
+
+    folder = tmp_path_factory.mktemp("spoken")
+    tokenizer = Tokenizer.train([f"the loader reads row {n}; größer\n" for n in range(50)], 340)
+    tokenizer.save(folder / "tokenizer.json")
+    shape = ModelConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2,
+        num_kv_heads=1, head_size=8, max_positions=96, initial_std=0.4,
+    )  # fmt: skip
+    for name in ("base", "chat"):
+        huggingface.save(folder / name, Decoder(shape, seed=0), folder)
+    (folder / "chat" / "chat_template.jinja").write_text(CHATML)
+    return folder
+
+
+@pytest.fixture
+def small_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the verbs that talk begin with 1 MiB of cache, a type that is not measured, and malloc as it is.
+
+    To clear 256 MiB takes most of a second; two measurements may differ; malloc's thresholds would stay
+    with all tests that follow in this process.
+    """
+    from marrow.kernels import device
+    from marrow.serve import config
+
+    small = partial(config.ServeRecipe, dtype="fp32", kv_memory=1 << 20)
+    monkeypatch.setattr(config, "ServeRecipe", small)
+    monkeypatch.setattr(device, "raise_malloc_thresholds", lambda: False)

@@ -3,7 +3,7 @@
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -94,26 +94,10 @@ def test_a_port_in_use_is_an_error(marrow: Marrow, finished: Path) -> None:
         assert port in words
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if (
-        os.getuid()
-        or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=3m", "none", folder], capture_output=True, check=False
-        ).returncode
-    ):
-        pytest.skip("a small tmpfs needs root and the right to mount")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
 def test_a_full_disk_is_an_error_and_leaves_only_whole_artifacts(
-    small_disk: Path, marrow: Marrow, tiny: Path, csv_source: Path
+    small_disk: Callable[[str], Path], marrow: Marrow, tiny: Path, csv_source: Path
 ) -> None:
-    home = small_disk / "home"
+    home = small_disk("3m") / "home"
     arguments = ["run", tiny, "--set", f"data.source={csv_source}", "--set", "model.hidden_size=256"]
     status, words = refusal(marrow(*arguments, home=home))
     assert status == 1
@@ -133,7 +117,7 @@ def test_a_store_that_cannot_be_written_is_an_error(
         folder = tmp_path / "locked"
         folder.mkdir(mode=0o500)
     else:  # root may write anywhere but on a file system that is mounted read-only
-        folder = request.getfixturevalue("small_disk")
+        folder = request.getfixturevalue("small_disk")("3m")
         subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
     status, words = refusal(marrow("run", tiny, home=folder / "home"))
     assert status == 1

@@ -1,6 +1,7 @@
 """`marrow lineage --file` and `--forget`: what became of a source file, over a whole finished run."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,10 @@ import pytest
 from marrow_process import Marrow
 
 from marrow.cli.main import run
-from marrow.cli.source_lineage import split_place, to_forget, trace_file
+from marrow.cli.source_lineage import as_text, forget_as_text, split_place, to_forget, trace_file
+from marrow.core.records import Parent
+from marrow.data.config import DataRecipe
+from marrow.data.ingest import ingest
 from marrow.data.manifest import Manifest
 from marrow.loader.loader import Loader
 from marrow.store.store import Store
@@ -97,7 +101,9 @@ def test_a_held_out_row_was_not_trained_on(finished: Path) -> None:
 
 
 def trace_only(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {"file": "notes.csv", "line": 1, "seen": True, "artifacts": list(found.values())}
+    matching = {"folder": None, "names": ["notes.csv"], "contents": 0}
+    told = {"file": "notes.csv", "line": 1, "seen": True, "matching": matching}
+    return told | {"artifacts": list(found.values())}
 
 
 def test_the_answer_to_a_delete_request_names_each_artifact_and_what_to_do(told: dict[str, Any]) -> None:
@@ -125,11 +131,88 @@ def test_dataset_versions_that_hold_the_file_are_told(tmp_path: Path) -> None:
         by_bytes = trace_file(store, str(folder / "renamed.csv"))
         assert trace_file(store, "none.csv")["seen"] is False
     ids = [version.artifact.id for version in (first, second, third)]
-    assert [one["id"] for one in by_name["artifacts"]] == ids[:2]
+    assert [one["id"] for one in by_name["artifacts"]] == ids, "under its later name too"
     assert [one["id"] for one in by_bytes["artifacts"]] == ids
     assert by_bytes["artifacts"][0]["files"] == ["deep/notes.csv"]
-    (action, _) = to_forget(by_name)["actions"]
+    (action, _, _) = to_forget(by_name)["actions"]
     assert action["action"] == "commit without it, then remove" and "deep/notes.csv" in action["why"]
+
+
+@dataclass
+class Edited:
+    """A dataset whose file was edited, renamed and replaced, and a model made of its first version."""
+
+    home: Path
+    folder: Path
+    versions: list[str]
+    model: str
+
+
+@pytest.fixture
+def edited(tmp_path: Path) -> Edited:
+    folder = tmp_path / "ds"
+    folder.mkdir()
+    (folder / "empty.csv").write_text("")
+    (folder / "a.csv").write_text("text\nthe first words\n")
+    with Store.open(tmp_path / "edited") as store:
+        versions = [Versions(store).commit(folder, "docs").version.artifact]
+        (rows := tmp_path / "rows").mkdir()
+        facts = ingest(DataRecipe(source=str(store.view(versions[0]))), rows)
+        source = [Parent("source", versions[0].id)]
+        read = store.publish("ingest", "k1", rows, parents=source, facts={**facts, "source": "docs@1"})
+        (tmp_path / "model").mkdir()
+        model = store.publish("model", "k2", tmp_path / "model", parents=[Parent("rows", read.id)])
+        (folder / "a.csv").write_text("text\nother words\n")
+        versions.append(Versions(store).commit(folder, "docs").version.artifact)
+        (folder / "a.csv").rename(folder / "b.csv")
+        versions.append(Versions(store).commit(folder, "docs").version.artifact)
+        (folder / "b.csv").write_text("text\nnothing of it\n")
+        versions.append(Versions(store).commit(folder, "docs").version.artifact)
+    return Edited(tmp_path / "edited", folder, [version.id for version in versions], model.id)
+
+
+def test_every_version_that_ever_held_the_file_is_found_by_name_and_by_path(
+    edited: Edited, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(edited.folder.parent)
+    with Store.open(edited.home) as store:
+        answers = [
+            trace_file(store, wanted)["artifacts"]
+            for wanted in ("a.csv", "ds/a.csv", "./ds/../ds/a.csv", str(edited.folder / "a.csv"))
+        ]
+    versions = [one for one in answers[0] if one["kind"] == "dataset"]
+    assert [one["id"] for one in versions] == edited.versions[:3], "the last has neither name nor bytes"
+    assert [one["names"] for one in versions] == [["docs@1"], ["docs@2"], ["docs@3"]]
+    assert [one["matched"] for one in versions] == [{"a.csv": "name"}, {"a.csv": "name"}, {"b.csv": "bytes"}]
+    assert [one["kind"] for one in answers[0]] == ["ingest", "model", *["dataset"] * 3]
+    assert answers[0][1]["id"] == edited.model and answers[0][1]["effect"] == "holds"
+    assert answers[1:] == answers[:1] * 3
+
+
+def test_a_path_finds_them_where_folder_and_index_are_gone(
+    edited: Edited, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(edited.folder.parent)
+    shutil.rmtree(edited.folder)
+    shutil.rmtree(edited.home / "indexes")
+    with Store.open(edited.home) as store:
+        told = trace_file(store, "ds/a.csv")
+    assert [o["id"] for o in told["artifacts"] if o["kind"] == "dataset"] == edited.versions[:3]
+    assert told["matching"]["folder"] is None and "a.csv" in told["matching"]["names"]
+
+
+def test_what_was_looked_for_is_said(edited: Edited, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(edited.folder.parent)
+    with Store.open(edited.home) as store:
+        told = trace_file(store, "ds/a.csv")
+        other = trace_file(store, str(edited.folder / "empty.csv"))
+    assert told["matching"] == {"folder": str(edited.folder), "names": ["a.csv"], "contents": 2}
+    text = as_text(told)
+    assert f"in dataset versions: files named a.csv (its name below {edited.folder})" in text
+    assert "one of the 2 contents" in text
+    assert "docs@3  holds: 1 files: b.csv (the same bytes)" in text
+    assert [set(one["matched"].values()) for one in other["artifacts"]] == [{"name"}] * 4
+    assert "docs@1" in forget_as_text(to_forget(told))
 
 
 # The command
@@ -186,7 +269,9 @@ def test_forgetting_changes_nothing(lineage: Lineage, home: Path) -> None:
 def test_a_file_that_was_never_seen_is_said_so(lineage: Lineage) -> None:
     done = lineage("--file", "nowhere.csv", "--json")
     assert done.returncode == 1
-    assert json.loads(done.stdout) == {"file": "nowhere.csv", "line": None, "seen": False, "artifacts": []}
+    told = json.loads(done.stdout)
+    assert told.pop("matching")["contents"] == 0
+    assert told == {"file": "nowhere.csv", "line": None, "seen": False, "artifacts": []}
     beyond = lineage("--file", "notes.csv", "--row", "100000")
     assert beyond.returncode == 1 and "never seen" in beyond.stdout
     forgotten = lineage("--forget", "nowhere.csv")

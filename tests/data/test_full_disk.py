@@ -1,11 +1,8 @@
 """A disk that fills up while a step of this layer writes: one clear error, nothing that looks whole."""
 
-import os
 import random
-import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,23 +18,6 @@ from marrow.data.shards_config import ShardsRecipe
 from marrow.text.config import TokenizerRecipe
 
 RECIPE = {"row_group_bytes": 1 << 16}
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 256 KiB; unmounted whatever happens."""
-    if os.geteuid() != 0 or sys.platform != "linux" or shutil.which("mount") is None:
-        pytest.skip("needs root on Linux to mount a small tmpfs")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    mounted = subprocess.run(command, capture_output=True, check=False, text=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -91,25 +71,27 @@ def step(request: pytest.FixtureRequest) -> Step:
 
 
 def test_a_disk_that_fills_up_is_one_clear_error_and_room_makes_it_go(small_disk, tmp_path, step):
+    disk = small_disk("256k")
     with pytest.raises(DiskFull) as caught:
-        step(small_disk)
+        step(disk)
     assert "no space left" in caught.value.message
     assert "free some space" in str(caught.value.hint)
-    assert not (small_disk / "manifest.json").exists()
-    assert not list(small_disk.glob(".tmp-*")), "no half file is left under a temporary name"
-    for path in small_disk.iterdir():
+    assert not (disk / "manifest.json").exists()
+    assert not list(disk.glob(".tmp-*")), "no half file is left under a temporary name"
+    for path in disk.iterdir():
         path.unlink()
-    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
     (tmp_path / "whole").mkdir()
-    assert step(small_disk) == step(tmp_path / "whole"), "the same facts as on a disk with room"
+    assert step(disk) == step(tmp_path / "whole"), "the same facts as on a disk with room"
     for path in sorted((tmp_path / "whole").iterdir()):
-        assert path.read_bytes() == (small_disk / path.name).read_bytes()
+        assert path.read_bytes() == (disk / path.name).read_bytes()
 
 
 def test_a_quarantine_that_fills_the_disk_is_said_as_well(small_disk, tmp_path, texts):
+    disk = small_disk("256k")
     path = tmp_path / "b.csv"
     broken = "".join(f"{text[:450]},too,wide\n" for text in texts[:1000])
     path.write_text("text\n" + "".join(f"ok {i}\n" for i in range(1100)) + broken)
     with pytest.raises(DiskFull) as caught:
-        ingest(DataRecipe(source=str(path)), small_disk)
+        ingest(DataRecipe(source=str(path)), disk)
     assert caught.value.hint

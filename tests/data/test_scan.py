@@ -1,12 +1,17 @@
 """Scanning tables: every row once, in order, with its place, in plain types."""
 
+import gc
+import gzip
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from marrow.core.errors import DataError, NotPermitted, SourceError
+from marrow.data.config import DataRecipe
+from marrow.data.ingest import ingest
 from marrow.data.scan import BATCH_ROWS, open_tables
 from marrow.data.table_files import table_files
 
@@ -94,15 +99,55 @@ def test_a_file_cut_short_is_an_error_with_its_name(files):
             rows_of(path)
 
 
-def test_a_row_that_does_not_fit_is_an_error_with_its_file(tmp_path):
+def test_a_broken_row_is_left_out_and_told_with_its_file_and_line(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("a,b\n" + "1,2\n" * 10 + "x,y,z\n")
-    with pytest.raises(SourceError, match=r"t\.csv"):
-        rows_of(path)
+    assert [value for _, _, value in rows_of(path)] == [1] * 10
+    assert "1 broken row is left out" in (told := open_tables([path]).told)
+    assert f"in line 12 of {path}" in told
     lines = tmp_path / "t.jsonl"
     lines.write_text('{"a": 1}\n{"a": \n')
-    with pytest.raises(SourceError, match=r"t\.jsonl"):
-        rows_of(lines)
+    assert [value for _, _, value in rows_of(lines)] == [1]
+    assert f"in line 2 of {lines}" in open_tables([lines]).told
+
+
+def test_a_file_of_which_most_is_broken_is_an_error_with_its_name(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("a,b\n1,2\n" + "x,y,z\n" * 5)
+    with pytest.raises(SourceError, match=r"t\.csv: 5 of 6 rows"):
+        open_tables([path])
+
+
+@pytest.mark.parametrize("name", ["t.csv", "T.CSV.gz", "t.tsv.zst", "t.jsonl.gz"])
+def test_a_text_means_what_a_run_reads_of_it(tmp_path, name):
+    """One file, read by `ingest` and here: the same columns, types and rows, whatever its dialect."""
+    rows = [f"{i};x{i};{i / 2 if i > 40_000 else i}" for i in range(50_000)]  # a type that grows late
+    text = "\r\n".join(["id;name;size", *rows, "1;2;3;4", ""])
+    data = (text.replace(";", "\t") if ".tsv" in name else text).encode("utf-16")
+    if ".jsonl" in name:
+        data = "".join(f'{{"id": {i}, "name": null}}\n' for i in range(9)).encode() + b'{"id": "k"}\n{\n'
+    packed = {"gz": gzip.compress, "zst": zstandard.compress}.get(name.rpartition(".")[2])
+    path = tmp_path / name
+    path.write_bytes(data if packed is None else packed(data))
+    (out := tmp_path / "out").mkdir()
+    facts = ingest(DataRecipe(source=str(path)), out)
+    tables = open_tables([path])
+    found = pa.Table.from_batches([scan.batch for scan in tables.scan()], tables.schema)
+    made = pa.concat_tables(pq.read_table(part) for part in sorted(out.glob("*.parquet")))
+    assert found.equals(made.drop_columns(["_file", "_row"]).replace_schema_metadata(None))
+    assert facts["broken_rows"] == tables.texts.tally.num_broken == 1
+    assert "in line" in tables.told
+
+
+def test_the_rows_set_aside_go_with_the_tables(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("a\n1\n")
+    tables = open_tables([path])
+    folder = tables.texts.scratch.path
+    assert folder.is_dir()
+    del tables
+    gc.collect()
+    assert not folder.exists()
 
 
 def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):

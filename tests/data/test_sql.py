@@ -1,5 +1,7 @@
 """SQL: the right answers, and no way to anything that was not given."""
 
+import gc
+import gzip
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +48,41 @@ def test_a_question_is_answered_from_every_kind_of_table(files):
         t=TABLE,
     )
     assert found.to_pylist() == [{"p": 6, "m": 6, "s": 6, "c": "ü", "j": 3, "t": 4}]
+
+
+def test_texts_are_read_as_a_run_reads_them_and_broken_rows_are_told(tmp_path):
+    (tmp_path / "a.csv").write_bytes("id;name\r\n007;ä\r\n1;2;3\r\n".encode("utf-16"))
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(b"id,size\n8,1.5\n"))
+    said: list[str] = []
+    tables = {"t": [tmp_path / "a.csv", tmp_path / "b.csv.gz"], "unasked": tmp_path / "a.csv"}
+    found = query("select * from t union all select * from t", tables, say=said.append).read_all()
+    assert found.to_pylist() == 2 * [
+        {"id": "007", "name": "ä", "size": None},
+        {"id": "8", "name": None, "size": 1.5},
+    ]
+    [told] = said
+    assert told.startswith("1 broken row is left out; the first: ") and f"line 3 of {tmp_path}" in told
+
+
+def test_a_text_that_the_question_does_not_name_is_not_read(tmp_path):
+    (tmp_path / "bad.csv").write_text("a,b\n" + "1,2,3\n" * 9)
+    tables = {"bad": tmp_path / "bad.csv", 'q"q': tmp_path / "bad.csv"}
+    assert ask("select 1 as x", **tables).to_pylist() == [{"x": 1}]
+    for name in ("BAD", '"q""q"'):
+        with pytest.raises(SourceError, match=r"9 of 9 rows"):
+            ask(f"select * from {name}", **tables)
+
+
+def test_what_is_set_aside_goes_with_the_answer(tmp_path, monkeypatch):
+    (tmp_path / "t.csv").write_text("a\n1\n")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    with query("select * from t", {"t": tmp_path / "t.csv"}) as reader:
+        assert reader.read_all().num_rows == 1
+    with pytest.raises(UsageError):
+        ask("select nothing from t", t=tmp_path / "t.csv")
+    gc.collect()
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_the_answer_holds_the_types_and_values_of_the_table(files):
@@ -172,6 +209,21 @@ def test_names_that_are_not_there_are_told_with_the_tables(files):
     assert "tables: rows" in str(caught.value.hint)
     with pytest.raises(UsageError, match="aa"):
         ask("select aa from t", t=TABLE)
+
+
+@pytest.mark.parametrize(
+    ("asked", "hint"),
+    [
+        ("reviws", "did you mean 'reviews'? tables: reviews, movies"),
+        ("data", "tables: reviews, movies"),
+        ("pg_databas", "tables: reviews, movies"),
+    ],
+)
+def test_only_our_own_tables_are_proposed(asked, hint):
+    with pytest.raises(UsageError) as caught:
+        ask(f"select * from {asked}", reviews=TABLE, movies=TABLE)
+    assert caught.value.message == f"the question does not fit the tables: there is no table {asked!r}"
+    assert caught.value.hint == hint
 
 
 def test_a_question_that_fails_on_the_rows_says_so(files):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from marrow.data.table_files import TABLES, is_table, table_files
+from marrow.data.table_files import TABLES, is_table, is_text, table_files
 
 
 @pytest.fixture
@@ -32,6 +32,16 @@ def test_tables_are_known_by_their_last_suffix(suffix: str) -> None:
     assert not is_table(Path(f"rows{suffix}.bak"))
     assert not is_table(Path(f".rows{suffix}"))
     assert not is_table(Path(f".git/rows{suffix}"))
+
+
+@pytest.mark.parametrize("name", ["a.csv.gz", "a.jsonl.zst", "A.CSV", "a.tsv.GZ", "a.ndjson.zstd"])
+def test_texts_are_known_also_packed_and_in_capitals(name: str) -> None:
+    assert is_table(Path(name)) and is_text(Path(name))
+
+
+@pytest.mark.parametrize("name", ["a.parquet.gz", "a.gz", "a.txt.gz", "csv.gz", "a.csv.bz2"])
+def test_what_is_packed_otherwise_is_no_table(name: str) -> None:
+    assert not is_table(Path(name))
 
 
 def names(found: list[Path], folder: Path) -> list[str]:

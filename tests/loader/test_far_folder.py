@@ -71,8 +71,10 @@ def test_a_folder_stands_for_a_url_in_every_process(sources: list[Path], tmp_pat
 
 def test_an_origin_that_says_nothing_is_damaged(sources: list[Path], tmp_path: Path) -> None:
     folder = far_folder(sources[0].as_uri(), Cache(tmp_path / "cache", 1 << 24))
-    for text in ("", "[]", json.dumps({"url": "file:///x"})):
-        (folder / ORIGIN).write_text(text)
+    whole = json.loads((folder / ORIGIN).read_text())
+    wrong = [json.dumps(part).encode() for part in ({"url": "file:///x"}, whole | {"max_bytes": -5})]
+    for text in (b"", b"[]", b"\xff\xfe", b"[" * 100_000, *wrong):
+        (folder / ORIGIN).write_bytes(text)
         with pytest.raises(DataError, match=r"origin\.json is damaged"):
             ShardReader(folder)
 

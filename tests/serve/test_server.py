@@ -78,16 +78,22 @@ def events_of(url: str, count: int, into: list[dict[str, Any]], begun: threading
                 begun.set()
 
 
-@pytest.mark.slow  # a second or two to start a process with torch
-def test_sigterm_lets_running_requests_end_and_prints_nothing(start_process: Callable[..., Running]) -> None:
-    server = start_process()
+def terminated(server: Running, count: int) -> list[dict[str, Any]]:
+    """Send SIGTERM as soon as the first of some completions has begun; return all that still came."""
     events: list[dict[str, Any]] = []
     begun = threading.Event()
-    reader = threading.Thread(target=events_of, args=(server.url, 4, events, begun))
+    reader = threading.Thread(target=events_of, args=(server.url, count, events, begun))
     reader.start()
     assert begun.wait(20)
     server.process.terminate()
     reader.join(20)
+    return events
+
+
+@pytest.mark.slow  # a second or two to start a process with torch
+def test_sigterm_lets_running_requests_end_and_prints_nothing(start_process: Callable[..., Running]) -> None:
+    server = start_process()
+    events = terminated(server, 4)
     out, err, code = server.end()
     finished = [c["finish_reason"] for e in events for c in e["choices"] if c["finish_reason"]]
     assert finished == ["length"] * 4
@@ -99,13 +105,7 @@ def test_sigterm_ends_what_is_left_at_the_deadline_with_an_error(
     start_process: Callable[..., Running],
 ) -> None:
     server = start_process(drain_s=0)
-    events: list[dict[str, Any]] = []
-    begun = threading.Event()
-    reader = threading.Thread(target=events_of, args=(server.url, 100, events, begun))
-    reader.start()
-    assert begun.wait(20)
-    server.process.terminate()
-    reader.join(20)
+    events = terminated(server, 100)
     _, err, code = server.end()
     assert "shutting down" in events[-1]["error"]["message"]
     assert (err, code) == ("", 0)

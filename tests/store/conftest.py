@@ -250,27 +250,6 @@ def database(catalog_url: str, home: Path) -> Iterator[Database]:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mount tmpfs folders of a given size, as in small_disk("2m")."""
-    mounted: list[Path] = []
-
-    def mount(size: str) -> Path:
-        folder = tmp_path / f"disk-{len(mounted)}"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "marrow-test", folder]
-        if os.getuid() != 0 or shutil.which("mount") is None:
-            pytest.skip("needs root to mount a small disk")
-        if subprocess.run(command, check=False, capture_output=True).returncode != 0:
-            pytest.skip("needs the right to mount a small disk (CAP_SYS_ADMIN)")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-@pytest.fixture
 def read_only() -> Callable[[Path], None]:
     """Remount a small disk read-only: permissions do not stop root, this does."""
 

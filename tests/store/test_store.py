@@ -42,6 +42,22 @@ def test_the_home_comes_from_the_argument_then_the_environment_then_the_folder(
         store.close()
 
 
+def test_another_process_may_make_the_store_at_the_same_moment(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_dir = Path.is_dir
+
+    def too_late(path: Path) -> bool:
+        was_there = is_dir(path)
+        if path == home and not was_there:
+            home.mkdir()  # the other process, right behind this one's look
+        return was_there
+
+    monkeypatch.setattr(Path, "is_dir", too_late)
+    with Store.open(home) as store:
+        assert store.home == home
+
+
 def test_looking_does_not_make_a_store(home: Path) -> None:
     with pytest.raises(StoreError, match="there is no store at") as caught:
         Store.open(home, create=False)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marrow.core.errors import ModelError, RequestError
+from marrow.core.errors import ModelError, RequestError, SourceError
 from marrow.text.chat import CHATML, ChatTemplate
 from marrow.text.special import BOS, EOS, NUM_SPECIAL, SPECIAL_TOKENS, TURN_END, TURN_START
 from marrow.text.tokenizer import Tokenizer
@@ -140,17 +140,38 @@ def test_a_template_is_found_where_folders_keep_it(tmp_path: Path, files: dict[s
 
 
 @pytest.mark.parametrize(
-    "files",
+    ("name", "data"),
     [
-        {"tokenizer_config.json": "not json"},
-        {"tokenizer_config.json": "[]"},
-        {"tokenizer_config.json": '{"chat_template": "{% for %}"}'},
+        ("tokenizer_config.json", b"not json"),
+        ("tokenizer_config.json", b"[]"),
+        ("tokenizer_config.json", b"\xff\xfe"),
+        ("tokenizer_config.json", b'{"chat_template": "{% for %}"}'),
+        ("tokenizer_config.json", b'{"chat_template": 3}'),
+        ("tokenizer_config.json", b'{"chat_template": {"default": "x"}}'),
+        ("tokenizer_config.json", b'{"chat_template": ["x"]}'),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}'),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "default", "template": 3}]}'),
+        ("tokenizer_config.json", b'{"bos_token": {"text": "<b>"}}'),
+        ("chat_template.jinja", b"{% for %}"),
+        ("chat_template.jinja", b"caf\xe9"),
     ],
-    ids=["text", "list", "template"],
 )
-def test_a_damaged_folder_is_a_clear_error(tmp_path: Path, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
+def test_a_damaged_folder_is_a_clear_error(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
     with pytest.raises(ModelError, match="damaged") as error:
         ChatTemplate.load(tmp_path)
     assert error.value.hint
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(SourceError, match=name):
+        ChatTemplate.load(tmp_path)
+
+
+def test_a_file_of_its_own_comes_before_what_the_configuration_says(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "old", "eos_token": "<e>"}')
+    (tmp_path / "chat_template.jinja").write_text("new {{ eos_token }}")
+    template = ChatTemplate.load(tmp_path)
+    assert template is not None and template.render([]) == "new <e>"

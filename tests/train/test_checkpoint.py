@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,11 +116,12 @@ def test_equal_states_give_equal_bytes(tmp_path: Path) -> None:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
-def test_a_full_disk_is_named_and_the_old_checkpoint_stays(small_disk: Path) -> None:
-    save(small_disk, 1)
+def test_a_full_disk_is_named_and_the_old_checkpoint_stays(small_disk: Callable[[str], Path]) -> None:
+    disk = small_disk("256k")
+    save(disk, 1)
     with pytest.raises(DiskFull, match="cannot write a checkpoint: no space left") as caught:
-        save_checkpoint(small_disk, 2, {"a": torch.zeros(1 << 18)}, {})
+        save_checkpoint(disk, 2, {"a": torch.zeros(1 << 18)}, {})
     assert "hint: free some space" in str(caught.value)
-    assert names(small_disk) == ["checkpoint-00000001"]
-    found, damaged = load_latest(small_disk)
+    assert names(disk) == ["checkpoint-00000001"]
+    found, damaged = load_latest(disk)
     assert found is not None and found.step == 1 and not damaged

@@ -392,18 +392,23 @@ def test_progress_and_log_tell_the_figures(
 
 
 def test_a_full_disk_is_an_error_with_a_hint_wherever_it_is_met(
-    corpus: Path, tiny_recipe: Make, tiny_model: ModelConfig, tmp_path: Path, small_disk: Path
+    corpus: Path,
+    tiny_recipe: Make,
+    tiny_model: ModelConfig,
+    tmp_path: Path,
+    small_disk: Callable[[str], Path],
 ) -> None:
     """The snapshot of the first step, then the results, do not fit; the run goes on when they do."""
+    disk = small_disk("256k")
     large = replace(tiny_model, hidden_size=160)
     folders = corpus / "shards", corpus / "tokenizer"
     (tmp_path / "out").mkdir()
     with pytest.raises(DiskFull, match="cannot write a snapshot: no space left"):
-        train(tiny_recipe(), large, *folders, tmp_path / "out", small_disk / "work")
-    (small_disk / "out").mkdir()
+        train(tiny_recipe(), large, *folders, tmp_path / "out", disk / "work")
+    (disk / "out").mkdir()
     recipe = tiny_recipe(checkpoint_every_steps=6)
     with pytest.raises(DiskFull, match="cannot write the trained model: no space left"):
-        train(recipe, large, *folders, small_disk / "out", tmp_path / "work")
+        train(recipe, large, *folders, disk / "out", tmp_path / "work")
     out, facts = run(corpus, recipe, large, tmp_path, "again")
     assert facts["resumed_from"] == 12
     assert (out / "model.safetensors").exists()

@@ -2,6 +2,7 @@
 
 import click
 
+from marrow.cli.complete import ask
 from marrow.cli.target import find_model
 from marrow.core.errors import ModelError
 
@@ -32,7 +33,7 @@ def command(target: str, max_tokens: int | None, temperature: float) -> None:
     messages: list[dict[str, str]] = []
     with Engine.load(model.folder, ServeRecipe(), name=model.name) as engine:
         click.echo(f"{model.name}: an empty line or Ctrl-D ends.", err=True)
-        while text := _ask():
+        while text := ask("you: "):
             messages.append({"role": "user", "content": text})
             prompt = template.encode(messages, engine.tokenizer)
             answer = []
@@ -45,10 +46,3 @@ def command(target: str, max_tokens: int | None, temperature: float) -> None:
                 click.echo(delta.text, nl=False)
             click.echo()
             messages.append({"role": "assistant", "content": "".join(answer)})
-
-
-def _ask() -> str:
-    try:
-        return input("you: ")
-    except EOFError:
-        return ""

@@ -48,9 +48,19 @@ def command(
             complete(prompt if prompt is not None else _read_stdin())
             return
         click.echo(f"{model.name}: type a beginning; an empty line or Ctrl-D ends.", err=True)
-        while text := _ask():
+        while text := ask("> "):
             click.echo(text, nl=False)
             complete(text)
+
+
+def ask(mark: str) -> str:
+    """Read one line from the terminal; "" at its end. Raises: UsageError if it is not UTF-8."""
+    try:
+        return input(mark)
+    except EOFError:
+        return ""
+    except UnicodeDecodeError as error:
+        raise _no_text(error) from None
 
 
 def _read_stdin() -> str:
@@ -58,12 +68,8 @@ def _read_stdin() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"stdin is not UTF-8: {error}", hint="convert it, as with iconv") from None
+        raise _no_text(error) from None
 
 
-def _ask() -> str:
-    """Read one line from the terminal; "" at its end."""
-    try:
-        return input("> ")
-    except EOFError:
-        return ""
+def _no_text(error: UnicodeDecodeError) -> UsageError:
+    return UsageError(f"stdin is not UTF-8: {error}", hint="convert it, as with iconv")

@@ -46,6 +46,7 @@ def _of_documents(facts: Mapping[str, Any], where: str) -> Iterator[str]:
     if found := facts.get("pii"):
         counts = ", ".join(f"{kind} {count['found']:,}" for kind, count in found.items())
         yield f"personal data: {counts}; masked samples in pii.jsonl {where}"
+    yield from (f"warning: {told}" for told in facts.get("references_left_out", ()))
     if warned := facts.get("expectations", {}).get("warn"):
         total = sum(facts["expectations"].values())
         yield f"warning: {warned:,} of {total:,} expectations do not hold, see expectations.json {where}"

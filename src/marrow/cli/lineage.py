@@ -54,7 +54,7 @@ def command(
 
 
 def _show_artifact(target: str, down: bool, as_json: bool, as_dot: bool) -> None:
-    with find_artifact(target) as (store, artifact):
+    with find_artifact(target, reading=True) as (store, artifact):
         graph = lineage.trace(store.catalog, artifact, "descendants" if down else "ancestors")
     if as_json:
         click.echo(lineage.to_json(graph))
@@ -70,7 +70,7 @@ def _show_file(file: str, row: int | None, as_json: bool) -> bool:
     """Show what became of a source file; return whether it was ever seen."""
     from marrow.cli.source_lineage import as_text, trace_file  # reads Parquet
 
-    with Store.open(create=False) as store:
+    with Store.open(create=False, reading=True) as store:
         told = trace_file(store, file, row)
     click.echo(json.dumps(told, indent=2) if as_json else _visible(as_text(told)))
     return bool(told["seen"])
@@ -79,7 +79,7 @@ def _show_file(file: str, row: int | None, as_json: bool) -> bool:
 def _show_forget(place: str, as_json: bool) -> None:
     from marrow.cli.source_lineage import forget_as_text, split_place, to_forget, trace_file
 
-    with Store.open(create=False) as store:
+    with Store.open(create=False, reading=True) as store:
         answer = to_forget(trace_file(store, *split_place(place)))
     click.echo(json.dumps(answer, indent=2) if as_json else _visible(forget_as_text(answer)))
 

@@ -7,7 +7,8 @@
 The walk begins at each ingest that read the file and follows the catalog downwards. `data/origin.py`
 says which rows, documents and packed rows hold it, `loader/seen.py` which training runs consumed
 those; both read the artifacts themselves, so the answer rests on no bookkeeping beside them. Dataset
-versions (`marrow data`) that hold the file come last, also those that know its bytes by another name.
+versions (`marrow data`) that ever held a file of that name, or its bytes by another one, come last
+(`store/versions/occurrences.py`); what was made of any of them is walked too.
 
 Each artifact gets one effect:
     holds       text of it lies in its files
@@ -16,19 +17,19 @@ Each artifact gets one effect:
     untouched   it comes later on the way, and has nothing of it
 """
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from marrow.core.hashes import hash_file
 from marrow.core.records import Artifact, Parent
-from marrow.store.datasets.dataset import entries_of
 from marrow.store.datasets.refs import DATASET
 from marrow.store.lineage import Graph, trace
 from marrow.store.store import Store
+from marrow.store.versions.occurrences import Occurrence, Occurrences, find_occurrences
 
 HOLDS, LEARNED, MEASURED, UNTOUCHED = "holds", "learned", "measured", "untouched"
 _STRENGTH = [UNTOUCHED, MEASURED, HOLDS, LEARNED]
@@ -44,7 +45,7 @@ class _Walk:
 
     store: Store
     graph: Graph
-    name: str
+    names: tuple[str, ...]
     line: int | None
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
     train_ids: dict[str, Any] = field(default_factory=dict)  # split artifact -> documents trained on
@@ -71,7 +72,7 @@ class _Walk:
         return {
             "effect": HOLDS if groups or broken else UNTOUCHED,
             "source": artifact.facts["source"],
-            "file": self.name,
+            "file": ", ".join(self.names),
             "rows": sum(group.rows for group in groups),
             "row_groups": [{"part": g.part, "row_group": g.row_group, "rows": g.rows} for g in groups],
             "broken": [{key: value for key, value in row.items() if key != "text"} for row in broken],
@@ -162,7 +163,7 @@ class _Walk:
     def _origin(self) -> Any:
         from marrow.data.origin import Origin
 
-        return Origin(self.name, self.line)
+        return Origin(self.names[0], self.line, self.names[1:])
 
 
 def trace_file(store: Store, wanted: str, line: int | None = None) -> dict[str, Any]:
@@ -170,48 +171,54 @@ def trace_file(store: Store, wanted: str, line: int | None = None) -> dict[str, 
 
     Args: wanted: a path, or the name or last parts of the name under which an ingest knows it. line:
         as documents and rows count it, from 1.
-    Returns: plain data: "file", "line", "seen", and "artifacts" in the order of their making, each with
-        its effect.
+    Returns: plain data: "file", "line", "seen", "matching" (what dataset versions were searched for),
+        and "artifacts" in the order of their making, each with its effect.
     Raises: UsageError if the name is not clear; DamagedBlob.
     Cost: one scan over the place columns of every ingest, and of what was made of those that know it.
     """
-    from marrow.data.origin import find_names
-
+    found = find_occurrences(store, wanted)
     told: dict[str, dict[str, Any]] = {}
     for ingest in reversed(store.catalog.latest(kind="ingest", limit=_ALL)):
-        for name in find_names(store.view(ingest), wanted, str(ingest.facts.get("source", ""))):
-            walk = _Walk(store, trace(store.catalog, ingest, "descendants"), name, line)
+        if names := _names_in(store, ingest, wanted, found):
+            walk = _Walk(store, trace(store.catalog, ingest, "descendants"), names, line)
             for one in walk.run():  # an artifact can have several ingests above it
                 known = told.setdefault(one["id"], one)
                 told[one["id"]] = max(known, one, key=lambda each: _STRENGTH.index(each["effect"]))
-    told |= {one["id"]: one for one in _versions_with(store, wanted)}
+    labels: dict[str, list[str]] = {}
+    for name in store.catalog.names():
+        labels.setdefault(name.artifact_id, []).append(str(name))
+    told |= {one.artifact.id: _version(one, labels) for one in found.versions}
     artifacts = list(told.values())
     seen = any(one["effect"] != UNTOUCHED for one in artifacts)
-    return {"file": wanted, "line": line, "seen": seen, "artifacts": artifacts}
+    folder = None if found.folder is None else str(found.folder)
+    matching = {"folder": folder, "names": list(found.names), "contents": found.contents}
+    return {"file": wanted, "line": line, "seen": seen, "matching": matching, "artifacts": artifacts}
 
 
-def _versions_with(store: Store, wanted: str) -> Iterator[dict[str, Any]]:
-    """Yield the dataset versions that hold a file of that name, or under any name with its bytes."""
-    path = Path(wanted)
-    digest = hash_file(path) if path.is_file() else None
-    named: dict[str, list[str]] = {}
-    for name in store.catalog.names():
-        named.setdefault(name.artifact_id, []).append(str(name))
-    for version in reversed(store.catalog.latest(kind=DATASET, limit=_ALL)):
-        files = [
-            entry.name
-            for entry in entries_of(store.contents, version)
-            if entry.name == wanted or entry.name.endswith(f"/{wanted}") or entry.sha256 == digest
-        ]
-        if files:
-            yield {
-                "id": version.id,
-                "kind": DATASET,
-                "names": named.get(version.id, []),
-                "effect": HOLDS,
-                "files": files[:100],
-                "num_files": len(files),
-            }
+def _names_in(store: Store, ingest: Artifact, wanted: str, found: Occurrences) -> tuple[str, ...]:
+    """Return what the rows of an ingest call the file: in those of a dataset version, what that has of it."""
+    from marrow.data.origin import find_names, known_names
+
+    folder = store.view(ingest)
+    versions = {one.artifact.id: one.files for one in found.versions}
+    read = {parent.artifact_id for parent in ingest.parents if parent.role == "source"}
+    if not read:
+        return tuple(find_names(folder, wanted, str(ingest.facts.get("source", ""))))
+    held = {name for version in read for name in versions.get(version, {})}
+    return tuple(sorted(held & known_names(folder))) if held else ()
+
+
+def _version(found: Occurrence, names: Mapping[str, list[str]]) -> dict[str, Any]:
+    """Say of a dataset version what it holds."""
+    return {
+        "id": found.artifact.id,
+        "kind": DATASET,
+        "names": names.get(found.artifact.id, []),
+        "effect": HOLDS,
+        "files": list(found.files)[:100],
+        "matched": dict(itertools.islice(found.files.items(), 100)),
+        "num_files": len(found.files),
+    }
 
 
 def to_forget(told: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,13 +240,14 @@ def to_forget(told: Mapping[str, Any]) -> dict[str, Any]:
         if one["effect"] == UNTOUCHED
     ]
     sources = sorted({one["source"] for one in told["artifacts"] if one["kind"] == "ingest"})
-    keys = ("file", "line", "seen")
+    keys = ("file", "line", "seen", "matching")
     return {key: told[key] for key in keys} | {"sources": sources, "actions": actions, "clear": clear}
 
 
 def as_text(told: Mapping[str, Any]) -> str:
     """Write what `trace_file` told for a person."""
     lines = [f"{_what(told)}: {'seen' if told['seen'] else 'never seen by this store'}"]
+    lines += _matching(told, told["artifacts"])
     lines += [f"  {one['kind']:<10} {_label(one)}  {one['effect']}: {why(one)}" for one in told["artifacts"]]
     return "\n".join(lines)
 
@@ -248,7 +256,7 @@ def forget_as_text(answer: Mapping[str, Any]) -> str:
     """Write the answer to a delete request for a person."""
     if not answer["seen"]:
         return f"{_what(answer)}: never seen by this store; there is nothing to forget"
-    lines = [f"to forget {_what(answer)}:"]
+    lines = [f"to forget {_what(answer)}:", *_matching(answer, answer["actions"])]
     if answer["sources"]:
         lines.append(f"  remove it from the source: {', '.join(answer['sources'])}")
     lines += [
@@ -278,7 +286,9 @@ def why(one: Mapping[str, Any]) -> str:
     if kind == "train":
         return _why_train(one)
     if kind == DATASET:
-        return f"{one['num_files']:,} files: {', '.join(one['files'][:3])}"
+        files = list(one["matched"].items())[:3]
+        named = [name if how == "name" else f"{name} (the same bytes)" for name, how in files]
+        return f"{one['num_files']:,} files: {', '.join(named)}"
     return {
         HOLDS: "made of what holds it",
         LEARNED: "made of a model or tokenizer that learned from it",
@@ -306,6 +316,17 @@ def _why_train(one: Mapping[str, Any]) -> str:
         return f"consumed it {one['times_seen']:,} times in samples {', '.join(samples)}{at}"
     tokenizer = ", but its tokenizer counted it" if one["tokenizer_learned"] else ""
     return f"consumed none of its rows{tokenizer}"
+
+
+def _matching(told: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say what dataset versions were searched for, if any was found."""
+    if not any(one["kind"] == DATASET for one in found):
+        return []
+    looked = told["matching"]
+    folder = f" (its name below {looked['folder']})" if looked["folder"] else ""
+    names = " or ".join(looked["names"][:4]) + (" ..." if len(looked["names"]) > 4 else "")
+    bytes_too = f", and all files with one of the {looked['contents']:,} contents that such a file had"
+    return [f"  in dataset versions: files named {names}{folder}{bytes_too}"]
 
 
 def _label(one: Mapping[str, Any]) -> str:

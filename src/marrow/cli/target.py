@@ -43,9 +43,12 @@ def find_model(target: str) -> ModelTarget:
 
 
 @contextmanager
-def find_artifact(target: str) -> Iterator[tuple[Store, Artifact]]:
-    """Open the store and find an artifact in it. Raises: ArtifactNotFound."""
-    with Store.open(create=False) as store:
+def find_artifact(target: str, *, reading: bool = False) -> Iterator[tuple[Store, Artifact]]:
+    """Open the store and find an artifact in it. Raises: ArtifactNotFound.
+
+    Args: reading: open a store that may not be written too; its views go with the block.
+    """
+    with Store.open(create=False, reading=reading) as store:
         yield store, store.resolve(target)
 
 

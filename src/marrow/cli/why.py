@@ -31,7 +31,7 @@ def command(target: str, show_all: bool, as_json: bool) -> None:
         ledgers = [ledger_of(Path(target))]
         whole = ledgers[0]
     else:
-        with Store.open(create=False) as store:
+        with Store.open(create=False, reading=True) as store:
             artifacts = artifacts_of(store, target)
         ledgers = [
             artifact.facts[COST]["ledger"] | {"cpu_s": artifact.facts[COST]["cpu_s"]}

@@ -83,6 +83,8 @@ def clean(
         report.write(told_in)
         report.refuse(told_in)
         facts["expectations"] = report.facts()
+        if left_out := report.left_out():
+            facts["references_left_out"] = left_out
     road = road_of(recipe, rows)
     with scratch(out) as folder:
         found = _prepare(recipe, rows, road, folder / "candidates.arrow", progress, engine)

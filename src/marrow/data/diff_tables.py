@@ -48,6 +48,8 @@ def open_rows(path: Path) -> Rows:
     if suffix not in TABLES:
         return open_lines(path)
     opened = open_tables([path])
+    if opened.told:  # how many rows differ would not be true of the file
+        raise DataError(f"{path.name}: {opened.told}", hint="mend it, or compare files only: --files")
     types = {field.name: str(field.type) for field in opened.schema}
     arrow = {field.name: field.type for field in opened.schema}
     return Rows(types, arrow, lambda names: (scan.batch for scan in opened.scan(names)))

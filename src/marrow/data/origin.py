@@ -34,10 +34,19 @@ Int64Array = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """A source file by the name that its rows bear, and one line (row) of it, from 1, or all."""
+    """A source file by the name that its rows bear, and one line (row) of it, from 1, or all.
+
+    also: names of other files that count as the same, such as copies.
+    """
 
     file: str
     line: int | None = None
+    also: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All names."""
+        return (self.file, *self.also)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +65,7 @@ def find_names(rows: Path, wanted: str, source: str) -> list[str]:
         source: what the ingest read, to which its names are relative.
     Raises: UsageError if several files end in `wanted`.
     """
-    names = set(_distinct_names(rows)) | {sample["file"] for sample in _lines(rows / QUARANTINE)}
+    names = known_names(rows)
     if wanted in names:
         return [wanted]
     path = Path(wanted).absolute()
@@ -71,6 +80,11 @@ def find_names(rows: Path, wanted: str, source: str) -> list[str]:
             hint="give more of its path",
         )
     return by_end
+
+
+def known_names(rows: Path) -> set[str]:
+    """Return the names of all files that an ingest has rows of, broken ones too."""
+    return set(_distinct_names(rows)) | {sample["file"] for sample in _lines(rows / QUARANTINE)}
 
 
 def count_rows(rows: Path, origin: Origin) -> list[RowGroup]:
@@ -157,7 +171,7 @@ def _ids(path: Path, origin: Origin) -> Int64Array:
 
 
 def _is_from(batch: pa.RecordBatch, file_column: str, line_column: str, origin: Origin) -> pa.Array:
-    mask = pc.equal(batch.column(file_column), origin.file)
+    mask = pc.is_in(batch.column(file_column), value_set=pa.array(origin.files, pa.string()))
     if origin.line is not None:
         mask = pc.and_(mask, pc.equal(batch.column(line_column), origin.line))
     return pc.fill_null(mask, False)
@@ -167,7 +181,7 @@ def _from(path: Path, origin: Origin) -> list[dict[str, Any]]:
     return [
         found
         for found in _lines(path)
-        if found["file"] == origin.file and origin.line in (None, found.get("line"))
+        if found["file"] in origin.files and origin.line in (None, found.get("line"))
     ]
 
 

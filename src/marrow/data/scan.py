@@ -1,8 +1,8 @@
 """One pass over tables in files: batches of columns with the place that each row came from.
 
-Parquet and Arrow IPC files are read as they are, CSV and JSON lines by Arrow's own readers (`ingest`
-is the place for those that are not clean). Batches come in plain types: no dictionaries, views or
-large strings.
+Parquet and Arrow IPC files are read as they are, CSV and JSON lines as `ingest` reads them
+(`text_tables.py`): broken rows are left out and counted. Batches come in plain types: no
+dictionaries, views or large strings.
 """
 
 import difflib
@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet as pq
 
 from marrow.core.errors import DataError, SourceError, explain_os_errors
-from marrow.data.table_files import COLUMNAR, DELIMITED, JSON_LINES, TABLES
+from marrow.data.table_files import COLUMNAR, TABLES, is_text, suffix_of
 from marrow.data.tables import plain_type
+from marrow.data.text_tables import Texts, read_texts
 
 BATCH_ROWS = 1 << 15
 BATCH_BYTES = 32 << 20  # of one batch, about; rows of long texts come fewer at a time
@@ -38,16 +37,22 @@ class Scan:
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """Files that hold one table: its columns and types, and how many rows."""
+    """Files that hold one table: its columns and types, how many rows, and those of them in text."""
 
     paths: tuple[Path, ...]
     schema: pa.Schema
     num_rows: int | None
+    texts: Texts | None = None
+
+    @property
+    def told(self) -> str:
+        """What is to be said of broken rows; nothing if there are none."""
+        return "" if self.texts is None else self.texts.told()
 
     @property
     def is_columnar(self) -> bool:
-        """Tell whether a column can be read without the others: not so of text."""
-        return all(path.suffix in COLUMNAR for path in self.paths)
+        """Tell whether another process can read a column without reading the others: not so of text."""
+        return all(suffix_of(path) in COLUMNAR for path in self.paths)
 
     def column(self, name: str) -> pa.Field | None:
         """Return a column, or None."""
@@ -64,8 +69,9 @@ class Tables:
         wanted = pa.schema([self.schema.field(name) for name in names])
         for path in self.paths:
             row = 0
+            rows = path if self.texts is None else self.texts.paths.get(path, path)
             with explain_os_errors("read the table", path), _explained(path):
-                for batch in _batches(path, names, self.schema):
+                for batch in _batches(rows, names):
                     for piece in _pieces(_fit(batch, wanted, path)):
                         yield Scan(path, row, piece)
                         row += piece.num_rows
@@ -76,14 +82,17 @@ def open_tables(paths: Sequence[Path]) -> Tables:
 
     Raises: SourceError if there is none or one cannot be read; DataError if columns differ in a
         way that does not go together.
+    Cost: text files are read, and their rows set aside as Parquet for as long as the tables are held.
     """
     if not paths:
         raise SourceError("no file with rows", hint=f"give files that end in {', '.join(TABLES)}")
     schema: pa.Schema | None = None
     num_rows: int | None = 0
+    in_text = list(dict.fromkeys(path for path in paths if is_text(path)))
+    texts = read_texts(in_text) if in_text else None
     for path in paths:
         with explain_os_errors("read the table", path):
-            found, rows = _look(path)
+            found, rows = _look(path if texts is None else texts.paths.get(path, path))
         num_rows = None if num_rows is None or rows is None else num_rows + rows
         repeated = {name for name in found.names if found.names.count(name) > 1}
         if repeated:
@@ -92,7 +101,7 @@ def open_tables(paths: Sequence[Path]) -> Tables:
             )
         schema = found if schema is None else _join(schema, found, path)
     assert schema is not None
-    return Tables(tuple(paths), schema, num_rows)
+    return Tables(tuple(paths), schema, num_rows, texts)
 
 
 def open_arrow(source: Any) -> Any:
@@ -115,14 +124,9 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 def _look(path: Path) -> tuple[pa.Schema, int | None]:
     with _explained(path):
-        if path.suffix == ".parquet":
+        if suffix_of(path) == ".parquet":
             with pq.ParquetFile(path) as file:
                 return _plain(file.schema_arrow), file.metadata.num_rows
-        if path.suffix in DELIMITED:
-            with _open_csv(path) as reader:
-                return _plain(reader.schema), None
-        if path.suffix in JSON_LINES:
-            return _plain(_open_json(path).schema), None
         with pa.memory_map(str(path)) as source, open_arrow(source) as reader:
             return _plain(reader.schema), None
 
@@ -134,16 +138,15 @@ def _explained(path: Path) -> Iterator[None]:
     except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the system's; Arrow's have no number
             raise
-        kind = path.suffix if path.suffix in TABLES else "no known kind"
+        kind = suffix_of(path) if suffix_of(path) in TABLES else "no known kind"
         raise SourceError(
             f"{path} cannot be read as a table ({kind}): {error}",
-            hint=f"files with rows end in {', '.join(TABLES)}; "
-            "`[data] source` reads those that are not clean",
+            hint=f"files with rows end in {', '.join(TABLES)}",
         ) from error
 
 
-def _batches(path: Path, names: list[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    if path.suffix == ".parquet":
+def _batches(path: Path, names: list[str]) -> Iterator[pa.RecordBatch]:
+    if suffix_of(path) == ".parquet":
         with pq.ParquetFile(path) as file:
             found = set(file.schema_arrow.names)
             here = [name for name in names if name in found]
@@ -155,11 +158,6 @@ def _batches(path: Path, names: list[str], schema: pa.Schema) -> Iterator[pa.Rec
             ) // max(1, file.metadata.num_rows)
             rows = max(MIN_BATCH_ROWS, min(BATCH_ROWS, BATCH_BYTES // per_row))
             yield from file.iter_batches(rows, columns=here)
-    elif path.suffix in DELIMITED:
-        with _open_csv(path, schema) as reader:
-            yield from reader
-    elif path.suffix in JSON_LINES:
-        yield from _open_json(path)
     else:
         with pa.memory_map(str(path)) as source, open_arrow(source) as reader:
             if isinstance(reader, pa.RecordBatchFileReader):
@@ -172,22 +170,6 @@ def _batches(path: Path, names: list[str], schema: pa.Schema) -> Iterator[pa.Rec
 def _empty(num_rows: int) -> Iterator[pa.RecordBatch]:
     for start in range(0, num_rows, BATCH_ROWS):
         yield pa.record_batch({"": pa.nulls(min(BATCH_ROWS, num_rows - start))})
-
-
-def _open_csv(path: Path, schema: pa.Schema | None = None) -> pyarrow.csv.CSVStreamingReader:
-    delimiter = "\t" if path.suffix == ".tsv" else ","
-    types = dict(zip(schema.names, schema.types, strict=True)) if schema is not None else None
-    return pyarrow.csv.open_csv(
-        path,
-        read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=8 << 20),
-        parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True),
-    )
-
-
-def _open_json(path: Path) -> Any:
-    options = pyarrow.json.ReadOptions(use_threads=False, block_size=8 << 20)
-    return pyarrow.json.open_json(path, read_options=options)
 
 
 def _plain(schema: pa.Schema) -> pa.Schema:

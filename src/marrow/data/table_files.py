@@ -6,12 +6,26 @@ ARROW = (".arrow", ".feather", ".ipc")
 COLUMNAR = (".parquet", *ARROW)  # they say themselves what type a column has, and give it alone
 DELIMITED = (".csv", ".tsv")
 JSON_LINES = (".jsonl", ".ndjson")
+PACKED = (".gz", ".zst", ".zstd")  # of texts; the other kinds pack their columns themselves
 TABLES = (*COLUMNAR, *DELIMITED, *JSON_LINES)
 
 
+def suffix_of(name: Path) -> str:
+    """Return the suffix that says what a file holds, in small letters: `.csv` of Prices.CSV.gz."""
+    suffix = name.suffix.lower()
+    if suffix in PACKED and (inner := Path(name.stem).suffix.lower()) in (*DELIMITED, *JSON_LINES):
+        return inner
+    return suffix
+
+
+def is_text(name: Path) -> bool:
+    """Tell whether a file is a table in text, which the readers of sources read (`text_tables.py`)."""
+    return suffix_of(name) in (*DELIMITED, *JSON_LINES)
+
+
 def is_table(name: Path) -> bool:
-    """Tell whether a file is a table: by its last suffix; nothing hidden, nor in a hidden folder, is one."""
-    return name.suffix in TABLES and not any(part.startswith(".") for part in name.parts)
+    """Tell whether a file is a table, by its name; nothing hidden, nor in a hidden folder, is one."""
+    return suffix_of(name) in TABLES and not any(part.startswith(".") for part in name.parts)
 
 
 def table_files(where: str) -> list[Path]:

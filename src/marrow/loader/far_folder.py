@@ -54,11 +54,14 @@ def far_files(folder: Path, manifest: Manifest) -> "CachedShards | None":
     from marrow.loader.streaming.shards import CachedShards, ShardFile
 
     with explain_os_errors("use the cache", folder / ORIGIN):
-        text = (folder / ORIGIN).read_text(encoding="utf-8")
+        text = (folder / ORIGIN).read_bytes()
     try:
         origin = json.loads(text)
-        url, cache = str(origin["url"]), Cache(Path(origin["cache"]), int(origin["max_bytes"]))
-    except (ValueError, KeyError, TypeError) as error:
+        max_bytes = int(origin["max_bytes"])
+        if max_bytes < 1:
+            raise ValueError(f"max_bytes is {max_bytes}")
+        url, cache = str(origin["url"]), Cache(Path(origin["cache"]), max_bytes)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{folder / ORIGIN} is damaged: {error!r}", hint="delete that folder") from error
     shards = [ShardFile(shard.name, shard.num_bytes, shard.xxh3) for shard in manifest.shards]
     return CachedShards(url, shards, cache, folder=folder)

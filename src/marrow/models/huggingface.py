@@ -260,6 +260,8 @@ def _fill(decoder: Decoder, files: list[Path]) -> None:
             raise ModelError(f"no weights at {path}", hint="the folder is no whole model") from None
         except SafetensorError as error:
             raise ModelError(f"{path} is damaged: {error}", hint="copy or export the file again") from None
+        except OSError as error:  # a folder, or what may not be read
+            raise ModelError(f"cannot read {path}: {error}", hint="give a safetensors file") from None
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise ModelError(f"{files[0].parent}: tensor {min(left)}{more} is missing")

@@ -331,4 +331,7 @@ def _stop_ids(folder: Path) -> set[int]:
         eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") or []
     except (ValueError, AttributeError) as error:
         raise ModelError(f"{path} is not a JSON object: {error}", hint="export the model again") from None
-    return {eos} if isinstance(eos, int) else set(eos)
+    ids = eos if isinstance(eos, list) else [eos]
+    if not all(isinstance(id, int) for id in ids):
+        raise ModelError(f"{path}: eos_token_id = {eos!r} is no token id", hint="export the model again")
+    return set(ids)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from marrow.core.errors import ModelError, ResourceError
+from marrow.core.errors import ResourceError
 from marrow.kernels.paged_attention import paged_attention
 from marrow.models import huggingface
 from marrow.models.decoder import Decoder
@@ -92,7 +92,7 @@ class Runner:
         before = [parameter.clone() for parameter in self.decoder.parameters()]
         try:
             huggingface.load_weights(self.decoder, path)
-        except ModelError:
+        except BaseException:
             for parameter, value in zip(self.decoder.parameters(), before, strict=True):
                 parameter.copy_(value)
             raise

@@ -12,6 +12,7 @@ import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,16 @@ _BEGIN = {"sqlite_begin": "BEGIN IMMEDIATE"}
 class Database:
     """An open catalog database, its schema there and of a version that this code knows.
 
-    Args: url: None for SQLite at `home`/catalog.sqlite; else a PostgreSQL or SQLite URL.
+    Args: url: None for SQLite at `home`/catalog.sqlite; else a PostgreSQL or SQLite URL. read_only:
+        SQLite's files may not be written, nor any beside them.
     Raises: UsageError for a URL that is none; StoreError if it cannot be opened or is too new.
     """
 
-    def __init__(self, home: Path, url: str | None = None) -> None:
+    def __init__(self, home: Path, url: str | None = None, *, read_only: bool = False) -> None:
         self.url = _parse(home, url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         try:
-            self._engine = _engine(self.url)
+            self._engine = _engine(self.url, read_only=read_only)
         except ImportError as error:
             raise UsageError(
                 f"cannot open {self.url}: {error}", hint="install the driver: pip install marrow[postgres]"
@@ -145,10 +147,13 @@ def _parse(home: Path, url: str | None) -> URL:
 _URL_HINT = "MARROW_CATALOG is unset (SQLite in the store), or as in postgresql://user@host/database"
 
 
-def _engine(url: URL) -> Engine:
+def _engine(url: URL, *, read_only: bool) -> Engine:
     if url.get_backend_name() != "sqlite":
         return create_engine(url, pool_pre_ping=True)
-    engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+    if read_only and url.database:
+        engine = create_engine(url, creator=partial(_connect_to_read, Path(url.database)))
+    else:
+        engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
 
     @event.listens_for(engine, "connect")
     def _set_up(connection: Any, _: Any) -> None:
@@ -163,6 +168,18 @@ def _engine(url: URL) -> Engine:
         connection.exec_driver_sql(connection.get_execution_options().get("sqlite_begin", "BEGIN"))
 
     return engine
+
+
+def _connect_to_read(path: Path) -> sqlite3.Connection:
+    """Connect to a catalog beside which nothing can be written.
+
+    SQLite in WAL mode makes files beside the database even to read, unless it is told that nobody
+    writes. That may only be said where no log is left: what stands in a log would not be seen.
+    """
+    log = path.with_name(f"{path.name}-wal")
+    options = "mode=ro" if log.exists() and log.stat().st_size else "mode=ro&immutable=1"
+    address = f"{path.absolute().as_uri()}?{options}"
+    return sqlite3.connect(address, uri=True, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
 
 
 _SQLITE_ERRORS: dict[int, tuple[type[MarrowError], str, str]] = {

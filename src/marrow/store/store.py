@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,25 +46,43 @@ WORK_KEPT_S = 14 * 86_400.0
 class Store:
     """An open store. Its parts are public: `blobs`, `contents`, `catalog`, `refs`, `runs`."""
 
-    def __init__(self, home: Path, url: str | None = None) -> None:
+    def __init__(self, home: Path, url: str | None = None, *, read_only: bool = False) -> None:
         self.home = home
-        self._locks = home / "locks"
-        self.staging = Staging(home / "staging")
+        # Of a store that may not be written, what reading makes lies elsewhere and goes with it.
+        self._scratch = tempfile.TemporaryDirectory(prefix="marrow-store-") if read_only else None
+        place = home if self._scratch is None else Path(self._scratch.name)
+        self._views = place / "views"
+        self._locks = place / "locks"
+        self.staging = Staging(place / "staging")
         self.blobs = Blobs(home / "blobs", home / "damaged", self.staging)
         self.contents = Contents(
             self.blobs, Packs(home / "packs", home / "damaged", self.staging), self.staging
         )
-        self._database = Database(home, url)
+        try:
+            self._database = Database(home, url, read_only=read_only)
+        except BaseException:
+            if self._scratch is not None:
+                self._scratch.cleanup()
+            raise
         self.catalog = Catalog(self._database)
         self.refs = Refs(self._database)
         self.runs = Runs(self._database, self._locks)
 
     @classmethod
-    def open(cls, home: Path | None = None, *, catalog: str | None = None, create: bool = True) -> "Store":
+    def open(
+        cls,
+        home: Path | None = None,
+        *,
+        catalog: str | None = None,
+        create: bool = True,
+        reading: bool = False,
+    ) -> "Store":
         """Open the store, and remove what killed processes left unfinished.
 
         Args: home: by default $MARROW_HOME, else .marrow in the working folder. catalog: database
             URL, by default $MARROW_CATALOG, else SQLite in the store. create: make it if absent.
+            reading: open it also if it may only be read; views then go when it is closed, and a
+            `collect` elsewhere does not wait for this reader.
         Raises: StoreError, NotPermitted, DiskFull, UsageError (a URL that is none).
         """
         home = home or Path(os.environ.get("MARROW_HOME") or ".marrow")
@@ -74,12 +93,16 @@ class Store:
                     raise StoreError(
                         f"there is no store at {home}", hint="run a recipe first, or set MARROW_HOME"
                     )
-                if os.path.lexists(home):
-                    raise StoreError(f"{home} is not a folder", hint="set MARROW_HOME to another path")
-                home.mkdir(parents=True, exist_ok=True)
+                try:
+                    home.mkdir(parents=True, exist_ok=True)  # another process may have made it just now
+                except FileExistsError as error:
+                    raise StoreError(
+                        f"{home} is not a folder", hint="set MARROW_HOME to another path"
+                    ) from error
             if create and not (home / ".gitignore").exists():
                 (home / ".gitignore").write_text("*\n", encoding="utf-8")
-            store = cls(home, catalog or os.environ.get("MARROW_CATALOG") or None)
+            read_only = reading and not _may_write(home)
+            store = cls(home, catalog or os.environ.get("MARROW_CATALOG") or None, read_only=read_only)
             store.staging.sweep()
         return store
 
@@ -96,6 +119,8 @@ class Store:
         self.runs.close()
         self.staging.close()
         self._database.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
     def publish(
         self,
@@ -168,14 +193,14 @@ class Store:
             return self._view_dataset(artifact)
         for file in artifact.files:
             self.blobs.path(file.sha256)
-        folder = self.home / "views" / artifact.id
+        folder = self._views / artifact.id
         if not self._is_view(folder, artifact):
             with explain_os_errors("make a view of an artifact", folder):
                 self._make_view(folder, artifact)
         return folder
 
     def _view_dataset(self, artifact: Artifact) -> Path:
-        folder = self.home / "views" / artifact.id
+        folder = self._views / artifact.id
         lock = FileLock(self._locks / f"view-{artifact.id}.lock", doing="making a view")
         with self.no_collection(), lock:
             self.contents.packs.refresh()
@@ -267,7 +292,7 @@ class Store:
 
     def _links(self, artifact: Artifact) -> dict[str, str]:
         """Map each file's name to the relative target of its symlink."""
-        blobs = os.path.relpath(self.home / "blobs", self.home / "views" / artifact.id)
+        blobs = os.path.relpath(self.home / "blobs", self._views / artifact.id)
         return {
             file.name: os.path.join(
                 *[".."] * file.name.count("/"), blobs, file.sha256[:2], file.sha256[2:4], file.sha256
@@ -323,6 +348,11 @@ def _checked(facts: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
         return json.loads(canonical_json(facts))  # type: ignore[no-any-return]
     except (TypeError, ValueError) as error:
         raise StoreError(f"the facts of {kind} cannot be written as JSON: {error}") from error
+
+
+def _may_write(home: Path) -> bool:
+    effective = os.access in os.supports_effective_ids
+    return os.access(home, os.W_OK, effective_ids=effective)
 
 
 def _last_change(folder: Path) -> float:

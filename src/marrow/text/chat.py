@@ -66,24 +66,26 @@ class ChatTemplate:
         """
         path = folder / "tokenizer_config.json"
         config: Any = {}
-        if path.exists():
-            try:
+        try:
+            if path.exists():
                 with explain_os_errors("read the tokenizer's configuration", path):
                     config = json.loads(path.read_bytes())
                 if not isinstance(config, dict):
                     raise ValueError(f"it holds a {type(config).__name__}, not a table")
-            except ValueError as error:
-                raise ModelError(
-                    f"{path} is damaged: {error}", hint="copy or export the model again"
-                ) from error
-        file = folder / "chat_template.jinja"
-        source = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
-        if isinstance(source, list):  # several, by name
-            source = {item["name"]: item["template"] for item in source}.get("default")
-        if not source:
-            return None
-        names = (name for name in ("bos_token", "eos_token", "pad_token") if config.get(name))
-        return cls(source, {name: _text_of(config[name]) for name in names})
+            source = config.get("chat_template")
+            if isinstance(source, list):  # several, by name
+                source = {item["name"]: item["template"] for item in source}.get("default")
+            if (file := folder / "chat_template.jinja").exists():
+                path = file
+                with explain_os_errors("read the chat template", path):
+                    source = path.read_text(encoding="utf-8")
+            if not isinstance(source, str | None):
+                raise ValueError(f"its chat template is a {type(source).__name__}, not a text")
+            names = [name for name in ("bos_token", "eos_token", "pad_token") if config.get(name)]
+            variables = {name: _text_of(config[name]) for name in names}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{path} is damaged: {error}", hint="copy or export the model again") from error
+        return cls(source, variables) if source else None
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, answer: bool = True) -> str:
         """Write a chat as text, for people to read; `encode` makes the tokens.

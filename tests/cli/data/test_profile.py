@@ -57,6 +57,16 @@ def test_a_profile_is_shown_printed_and_written(folder, capsys, target):
     assert (folder / "made/here/profile.html").read_text().startswith("<!doctype html>")
 
 
+def test_broken_rows_of_a_text_are_told_beside_the_answer(folder, capsys):
+    (folder / "odd.csv").write_bytes("n;t\n1;a\n2;b\n3;c;d\n".encode("utf-16"))
+    out, err = told(capsys, "profile", "odd.csv")
+    assert out.splitlines()[0] == "2 rows, 2 columns"
+    assert "warning: 1 broken row is left out" in err and "line 4 of odd.csv" in err
+    out, err = told(capsys, "sql", "odd.csv", "select max(n) s from data", "--json")
+    assert json.loads(out) == {"s": 2}
+    assert "warning: 1 broken row is left out" in err
+
+
 def test_one_of_several_tables_is_chosen(folder, capsys):
     assert told(capsys, "profile", "set", "--table", "other")[0].startswith("1 rows, 1 columns")
     _, err = told(capsys, "profile", "set", "--table", "nope", code=2)

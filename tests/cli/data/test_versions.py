@@ -124,6 +124,29 @@ def test_branch_merge_and_gate(capsys: Capture) -> None:
     assert {r["name"] for r in told(capsys, "branch")} == {"d", "work"}
 
 
+def test_a_version_is_shown_by_the_name_that_was_asked_for(capsys: Capture) -> None:
+    """After a merge that only moved the branch, a version has the names of both."""
+    told(capsys, "commit", "folder", "--to", "d")
+    assert data("branch", "d", "trial") == 0
+    capsys.readouterr()
+    Path("folder/more.csv").write_text("id\n1\n")
+    told(capsys, "commit", "folder", "--to", "trial")
+    assert told(capsys, "merge", "trial", "d")["version"] == "d@2"
+    assert data("tag", "d", "v1") == 0
+    capsys.readouterr()
+    for asked, shown in [
+        ("d", "d@2"),
+        ("trial", "trial@2"),
+        ("d~1", "d@1"),
+        ("trial@1", "trial@1"),
+        ("v1", "v1"),
+    ]:
+        assert told(capsys, "show", asked)["version"] == shown
+    assert told(capsys, "merge", "trial", "d")["version"] == "d@2"
+    found = told(capsys, "show", "d")["id"]
+    assert told(capsys, "show", found[:10])["version"] in ("d@2", "trial@2", "v1")
+
+
 def test_a_gate_reads_csv_as_a_run_would(capsys: Capture) -> None:
     """Another dialect, a broken row, no other file beside: Arrow's own reader would refuse it."""
     Path("folder/notes.txt").unlink()

@@ -285,23 +285,12 @@ def test_an_error_of_the_texts_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_said(tmp_path):
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("needs root on Linux to mount a small tmpfs")
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.decode().strip()}")
-    try:
-        texts = (pa.array([f"{i} {j} and so on" for j in range(500)]) for i in range(100))
-        with pytest.raises(DiskFull, match="cannot keep signatures: no space left"):
-            find_duplicates(texts, DedupRecipe(), folder)
-        assert list(folder.iterdir()) == []
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
+def test_a_full_disk_is_said(small_disk):
+    folder = small_disk("256k")
+    texts = (pa.array([f"{i} {j} and so on" for j in range(500)]) for i in range(100))
+    with pytest.raises(DiskFull, match="cannot keep signatures: no space left"):
+        find_duplicates(texts, DedupRecipe(), folder)
+    assert list(folder.iterdir()) == []
 
 
 def test_a_work_folder_that_cannot_be_made_is_said():

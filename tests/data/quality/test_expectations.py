@@ -2,6 +2,7 @@
 
 import datetime
 import decimal
+import gzip
 import json
 import math
 import random
@@ -169,6 +170,15 @@ def test_values_must_stand_in_another_table(tmp_path, suffix):
     assert (result.status, result.failed) == ("fail", 3)
     assert [(s.line, s.value) for s in result.samples] == [(2, "'xx'"), (5, "'yy'"), (6, "'xx'")]
     assert run(tmp_path, pa.array([1, 4], pa.int8()), refers_to=f"{path}:n").status == "pass"
+
+
+def test_a_reference_is_read_as_a_run_reads_it_and_its_broken_rows_are_told(tmp_path):
+    path = tmp_path / "countries.csv.gz"
+    path.write_bytes(gzip.compress("code;n\nde;1\nfr;2\nxx;3;4\n".encode("utf-16")))
+    result = run(tmp_path, ["fr", "xx", "de"], refers_to=f"{path}:code")
+    assert (result.status, result.failed) == ("fail", 1)
+    assert "1 broken row is left out" in result.left_out and result.left_out in result.told()
+    assert run(tmp_path, ["fr"], refers_to=f"{path}:code").status == "pass"
 
 
 def test_a_reference_may_be_a_folder_or_a_glob(tmp_path):

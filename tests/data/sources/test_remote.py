@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import socket
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from object_server import CREDENTIALS, DIRECT, Fault, FaultProxy, S3Server
 from range_server import RangeServer
 
-from marrow.core.errors import MarrowError, NotPermitted, SourceError, UsageError
+from marrow.core.errors import MarrowError, NotPermitted, SourceError, Unreachable, UsageError
 from marrow.data.config import DataRecipe
 from marrow.data.engine import Processes
 from marrow.data.ingest import ingest
@@ -237,3 +239,16 @@ def test_an_address_that_cannot_be_listed_or_read_is_refused_at_once(source: str
     with pytest.raises(UsageError, match=said) as caught:
         find_files(source)
     assert "s3://" in str(caught.value.hint)
+
+
+def test_a_source_whose_server_is_not_there_is_told_soon_and_in_our_words() -> None:
+    with socket.socket() as taken:  # bound, but nothing listens
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/a.csv"
+        start_s = time.monotonic()
+        with pytest.raises(Unreachable) as caught:
+            find_files(url)
+        assert time.monotonic() - start_s < 5  # 0.15 s of waits on average, at most 0.3; ten tries: 14
+    assert caught.value.message.startswith(f"cannot look at {url}: nothing there takes a connection (3 tries")
+    assert caught.value.hint and "server" in caught.value.hint
+    assert "Generic" not in caught.value.message and "reqwest" not in caught.value.message

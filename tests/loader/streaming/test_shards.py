@@ -427,10 +427,10 @@ def test_a_shard_that_is_not_there_or_not_allowed_is_named(
         assert len(origin.proxy.seen) == 1, "asked again for what will not come"
 
 
-def test_a_full_disk_evicts_and_then_says_so(origin: Origin, small_disk: Path) -> None:
+def test_a_full_disk_evicts_and_then_says_so(origin: Origin, small_disk: Callable[[str], Path]) -> None:
     """The disk has 256 KiB, the cache believes in much more."""
     origin.add(8, 60 * KB)
-    cache = Cache(small_disk, 10_000 * KB)
+    cache = Cache(small_disk("256k"), 10_000 * KB)
     with origin.open(cache, in_flight=1) as shards:
         for index in [*range(8), 0, 1]:
             assert origin.is_whole(index, shards.path(index))

@@ -154,13 +154,19 @@ def test_a_manifest_is_a_blob_however_small(contents: Contents) -> None:
     assert list(contents.packs.names()) == []
 
 
-def test_a_blob_may_be_kept_beside_a_pack_that_has_its_bytes(contents: Contents) -> None:
+def put_twice(contents: Contents) -> str:
+    """Put the same bytes into a pack and into a blob of their own."""
     [digest] = put(contents, SMALL)
     staged = contents.staging.new()
     staged.write_bytes(SMALL)
     with Deposit(contents) as deposit:
         deposit.keep_blob(digest, staged)
         deposit.publish()
+    return digest
+
+
+def test_a_blob_may_be_kept_beside_a_pack_that_has_its_bytes(contents: Contents) -> None:
+    digest = put_twice(contents)
     assert contents.blobs.path(digest).read_bytes() == SMALL
     assert contents.packs.has(digest)
 
@@ -293,12 +299,7 @@ def test_a_pack_whose_index_is_damaged_is_set_aside(contents: Contents) -> None:
 
 
 def test_bytes_lost_in_one_place_and_whole_in_another_are_not_lost(contents: Contents) -> None:
-    [digest] = put(contents, SMALL)
-    staged = contents.staging.new()
-    staged.write_bytes(SMALL)
-    with Deposit(contents) as deposit:
-        deposit.keep_blob(digest, staged)
-        deposit.publish()
+    digest = put_twice(contents)
     damage(contents.blobs.place(digest))
     found = contents.verify()
     assert (found.digests, found.aside) == (frozenset(), (digest,))

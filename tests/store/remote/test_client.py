@@ -350,9 +350,22 @@ def test_bytes_that_drip_are_no_progress(fault_proxy: FaultProxy, bucket: str) -
 
 def test_nothing_listening_is_an_error_that_names_the_address(s3_environment: pytest.MonkeyPatch) -> None:
     s3_environment.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    with pytest.raises(Unreachable, match="s3://place/a") as caught:
+    with pytest.raises(Unreachable, match="s3://place/a: nothing there takes a connection") as caught:
         Remote.open("s3://place", QUICK).read("a")
-    assert caught.value.hint is not None and "endpoint" in caught.value.hint
+    assert caught.value.hint is not None and "AWS_ENDPOINT_URL" in caught.value.hint
+    assert f"{QUICK.attempts} tries" in caught.value.message
+
+
+def test_a_refused_connection_can_be_given_up_sooner_than_a_bad_answer(
+    fault_proxy: FaultProxy, bucket: str, s3_environment: pytest.MonkeyPatch
+) -> None:
+    hasty = Retry(attempts=5, first_delay_s=0.01, max_delay_s=0.02, connect_attempts=2)
+    fault_proxy.fault = lambda request, n: Fault(status=503)
+    with pytest.raises(Unreachable, match=r"the server answers 503 .*5 tries"):
+        Remote.open(bucket, hasty).read("a")
+    s3_environment.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    with pytest.raises(Unreachable, match=r"connection .*2 tries"):
+        Remote.open("s3://place", hasty).read("a")
 
 
 @pytest.mark.parametrize("verb", ["read", "head", "download"])

@@ -462,29 +462,30 @@ def test_the_log_goes_through_both_parents_of_a_merge(versions: Versions, folder
 # Two writers
 
 
-def test_a_folder_left_behind_is_told_and_loses_nothing(versions: Versions, folder: Path) -> None:
+@pytest.fixture
+def behind(versions: Versions, folder: Path) -> Path:
+    """A folder that was changed while a colleague committed a change of another file."""
     versions.commit(folder, "d", "first")
     colleague = versions.store.checkout(versions.resolve("d"), folder.parent / "colleague")
     (colleague / "theirs").write_text("theirs")
     versions.commit(colleague, "d", "theirs")
     (folder / "mine").write_text("mine")
+    return folder
+
+
+def test_a_folder_left_behind_is_told_and_loses_nothing(versions: Versions, behind: Path) -> None:
     with pytest.raises(StaleVersion, match="'d' has moved to d@2") as caught:
-        versions.commit(folder, "d", "mine")
+        versions.commit(behind, "d", "mine")
     assert "marrow data merge" in str(caught.value)
     versions.branch("d@1", "mine")
-    versions.commit(folder, "mine", "mine")
+    versions.commit(behind, "mine", "mine")
     versions.merge("mine", "d")
     assert {"mine", "theirs"} < stored(versions, "d").keys()
 
 
-def test_replace_commits_all_the_same(versions: Versions, folder: Path) -> None:
-    versions.commit(folder, "d", "first")
-    colleague = versions.store.checkout(versions.resolve("d"), folder.parent / "colleague")
-    (colleague / "theirs").write_text("theirs")
-    versions.commit(colleague, "d", "theirs")
-    (folder / "mine").write_text("mine")
-    assert versions.commit(folder, "d", "mine", replace=True).version.label == "d@3"
-    assert stored(versions, "d") == listing(folder)
+def test_replace_commits_all_the_same(versions: Versions, behind: Path) -> None:
+    assert versions.commit(behind, "d", "mine", replace=True).version.label == "d@3"
+    assert stored(versions, "d") == listing(behind)
 
 
 COMMIT = """

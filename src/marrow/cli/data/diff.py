@@ -28,7 +28,7 @@ def diff(old: str, new: str, files_only: bool, key: tuple[str, ...], all_files: 
     Letters: A added, D deleted, M modified, R renamed. For modified files that hold rows it says
     how many were added, removed and (with --key) changed, and shows the first of them.
     """
-    with open_versions() as versions, console.progress_of("diff") as progress:
+    with open_versions(reading=True) as versions, console.progress_of("diff") as progress:
         changes = versions.diff(old, new)
         compared = [c for c in changes if c.letter == "M" and can_compare(c.name)]
         wanted = compared if all_files else compared[:MAX_FILES]

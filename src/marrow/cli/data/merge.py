@@ -11,7 +11,7 @@ from marrow.cli.data.versions import as_data, echo_json, open_versions
 from marrow.core.config import load_recipe
 from marrow.core.errors import DataError, UsageError
 from marrow.data.config import DataRecipe
-from marrow.data.table_files import COLUMNAR
+from marrow.data.table_files import COLUMNAR, suffix_of
 from marrow.store.datasets.manifests import Entry
 from marrow.store.versions.merge import Side
 from marrow.store.versions.versions import Gate, Versions
@@ -80,7 +80,7 @@ def _check(data: DataRecipe, folder: Path, scratch: Path) -> None:
     from marrow.data.quality.expectations import check, check_expectations
 
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    if all(path.suffix in COLUMNAR for path in files):
+    if all(suffix_of(path) in COLUMNAR for path in files):
         with console.progress_of("expect") as progress:
             report = check_expectations(files, data.expect, progress, spill=scratch)
     else:
@@ -90,6 +90,8 @@ def _check(data: DataRecipe, folder: Path, scratch: Path) -> None:
         if broken := facts["broken_rows"]:
             console.say(f"warning: {broken:,} rows are broken: a run would put them into quarantine")
         report = check(scratch, data.expect)
+    for told in report.left_out():
+        console.say(f"warning: {told}")
     for result in report.of("warn"):
         console.say(f"warning: {result.told()}")
     report.refuse()

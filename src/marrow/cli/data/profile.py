@@ -18,6 +18,7 @@ from marrow.data.profile.drift import Drift, DriftLimits
 from marrow.data.profile.drift import drift as compare
 from marrow.data.profile.page import write_drift_page, write_profile_page
 from marrow.data.profile.record import PROFILE, SHARES, Profile, read_profile
+from marrow.data.scan import open_tables
 
 MEDIAN = SHARES.index(0.5)
 SHOWN = 200  # lines on stdout; the page and the JSON have all
@@ -86,7 +87,10 @@ def profile_of(target: str, table: str | None, engine: Engine = INLINE) -> Profi
     if path.suffix == ".json" and path.is_file():
         return read_profile(path)
     with open_tables_of(target) as tables, console.progress_of("profile") as progress:
-        return look(choose(tables, table, target), progress, engine=engine)
+        opened = open_tables(choose(tables, table, target))
+        if opened.told:
+            console.say(f"warning: {opened.told}")
+        return look(opened, progress, engine=engine)
 
 
 def _profile_text(made: Profile) -> str:

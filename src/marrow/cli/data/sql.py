@@ -48,7 +48,7 @@ def sql(target: str, question: str, out: Path | None, as_csv: bool, as_json: boo
     if out is not None and out.suffix not in SUFFIXES:
         raise UsageError(f"{out}: no kind of file", hint=f"end it in one of {', '.join(SUFFIXES)}")
     with open_tables_of(target) as tables:
-        reader = query(question, tables, threads=threads)
+        reader = query(question, tables, threads=threads, say=lambda told: console.say(f"warning: {told}"))
         if out is not None:
             rows = _write(reader, out)
             console.say(f"wrote {rows:,} rows to {out}")

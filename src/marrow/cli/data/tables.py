@@ -39,7 +39,7 @@ def open_tables_of(target: str) -> Iterator[dict[str, list[Path]]]:
 
 def _store(target: str) -> Store:
     try:
-        return Store.open(create=False)
+        return Store.open(create=False, reading=True)
     except StoreError as error:
         raise SourceError(f"{target} is no file, and {error.message}", hint=error.hint) from error
 

@@ -20,9 +20,9 @@ SHOWN = 20  # files that a terminal is told of
 
 
 @contextmanager
-def open_versions(*, create: bool = False) -> Iterator[Versions]:
-    """Open the store's dataset versions."""
-    with Store.open(create=create) as store:
+def open_versions(*, create: bool = False, reading: bool = False) -> Iterator[Versions]:
+    """Open the store's dataset versions. reading: also of a store that may not be written."""
+    with Store.open(create=create, reading=reading) as store:
         yield Versions(store)
 
 
@@ -124,7 +124,7 @@ def commit(
 @click.option("--json", "as_json", is_flag=True, help="Print the versions as JSON.")
 def log(target: str, limit: int, as_json: bool) -> None:
     """List TARGET and the versions that it was made from, newest first."""
-    with open_versions() as versions:
+    with open_versions(reading=True) as versions:
         found = list(versions.log(target, limit))
         absent = versions.refs.absent()
     if as_json:
@@ -148,9 +148,9 @@ def log(target: str, limit: int, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print version and files as JSON.")
 def show(target: str, as_json: bool) -> None:
     """Show what TARGET is, and its files: SHA-256, bytes, name."""
-    with open_versions() as versions:
+    with open_versions(reading=True) as versions:
         artifact = versions.resolve(target)
-        version = Version(versions.label(artifact), artifact)
+        version = Version(versions.label_as(artifact, target), artifact)
         entries = versions.entries(artifact)
     if as_json:
         files = [{"name": printable(e.name), "sha256": e.sha256, "bytes": e.num_bytes} for e in entries]
@@ -168,7 +168,7 @@ def show(target: str, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the changes as JSON.")
 def status(folder: Path, name: str, follow_links: bool, as_json: bool) -> None:
     """Show what a commit of FOLDER would change."""
-    with open_versions() as versions:
+    with open_versions(reading=True) as versions:
         changes = versions.status(folder, name, follow_links=follow_links)
     if as_json:
         echo_json([change_data(change) for change in changes])

@@ -89,9 +89,9 @@ class Profile:
 def read_profile(path: Path) -> Profile:
     """Read a profile.json. Raises: DataError if it is none; SourceError."""
     with explain_os_errors("read the profile", path):
-        text = path.read_text(encoding="utf-8")
+        told = path.read_bytes()
     try:
-        values = json.loads(text)
+        values = json.loads(told)
         if values.pop("version") != VERSION:
             raise DataError(f"{path} is a profile of another version", hint="make it anew")
         columns = []

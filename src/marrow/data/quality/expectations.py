@@ -49,7 +49,7 @@ def check_expectations(
 ) -> ExpectationReport:
     """Check the rows of one table, in one pass.
 
-    Args: tables: Parquet, Arrow IPC or CSV files of one table. spill, memory_bytes: where keys go
+    Args: tables: files of one table, of any kind that `open_tables` takes. spill, memory_bytes: where keys go
         when all columns' are more (24 bytes a row); the system's temporary folder by default.
         engine: checks several columns of Parquet and Arrow files at once; the report is the same.
     Raises: SourceError for a table or a reference that is missing or unreadable.
@@ -104,6 +104,7 @@ class _Check:
     column: str
     test: Test | None = None
     note: str = ""
+    left_out: str = ""
     failed: int = 0
     samples: list[Sample] = field(default_factory=list)
     keys: KeyStore | None = None
@@ -132,7 +133,17 @@ class _Check:
         limit = limit_of(self.kind, self.expected)
         samples = tuple(self.samples)
         return CheckResult(
-            self.name, self.column, self.kind, limit, level, status, num_rows, failed, note, samples
+            self.name,
+            self.column,
+            self.kind,
+            limit,
+            level,
+            status,
+            num_rows,
+            failed,
+            note,
+            samples,
+            self.left_out,
         )
 
 
@@ -176,6 +187,7 @@ def _refer(one: _Check, stack: ExitStack, spill: Path | None, memory_bytes: int)
             hint="relative paths start at the working folder",
         )
     tables = open_tables(paths)
+    one.left_out = tables.told
     found = tables.column(column)
     if found is None:
         one.note = f"{paths[0].name} has no column {column!r}; {nearest(column, tables.schema.names)}"

@@ -25,7 +25,10 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What one check found: `failed` of `rows` rows; `note` says why where rows do not."""
+    """What one check found: `failed` of `rows` rows; `note` says why where rows do not.
+
+    left_out: what is to be said of broken rows in the table that values must be in.
+    """
 
     name: str
     column: str
@@ -37,6 +40,7 @@ class CheckResult:
     failed: int
     note: str = ""
     samples: tuple[Sample, ...] = ()
+    left_out: str = ""
 
     @property
     def share(self) -> float:
@@ -46,11 +50,12 @@ class CheckResult:
     def told(self) -> str:
         """Say it in one line."""
         what = f"{self.name} ({self.limit})"
+        also = f"; of what it refers to, {self.left_out}" if self.left_out else ""
         if self.note:
-            return f"{what}: {self.note}"
+            return f"{what}: {self.note}{also}"
         first = self.samples[0] if self.samples else None
         where = f", first {first.value} at {first.file}:{first.line}" if first else ""
-        return f"{what}: {self.failed:,} of {self.rows:,} rows{where}"
+        return f"{what}: {self.failed:,} of {self.rows:,} rows{where}{also}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,10 @@ class ExpectationReport:
     def of(self, status: Status) -> tuple[CheckResult, ...]:
         """Return the results with a status."""
         return tuple(result for result in self.results if result.status == status)
+
+    def left_out(self) -> list[str]:
+        """Return what is to be said of broken rows in tables that values must be in."""
+        return [f"{one.name}: of what it refers to, {one.left_out}" for one in self.results if one.left_out]
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""

@@ -15,8 +15,11 @@ from typing import IO, cast
 from marrow.core.errors import SourceError, UsageError
 from marrow.data.sources.file import FileList, SourceFile
 from marrow.store.remote.client import Remote, is_url, split_url
+from marrow.store.remote.retry import Retry
 
 READ_AHEAD_BYTES = 8 << 20  # of one request
+# Nothing is lost yet when files are listed: a server that is not there is told soon.
+_LISTING = Retry(connect_attempts=3)
 
 
 def find_remote(source: str, format: str, encoding: str) -> FileList:
@@ -37,16 +40,16 @@ def find_remote(source: str, format: str, encoding: str) -> FileList:
                 hint="name one file; folders and patterns are for this machine and s3://",
             )
         root, name = split_url(source)
-        with Remote.open(root) as remote:
+        with Remote.open(root, _LISTING) as remote:
             file = remote.head(name)
             version = file.etag or f"{file.modified_s}"
             return FileList([(name, file.num_bytes, version)], root=root, format=format, encoding=encoding)
     base, pattern = _split_glob(source)
-    with Remote.open(base) as remote:
+    with Remote.open(base, _LISTING) as remote:
         names = [(f.name, f.num_bytes, f.etag or f"{f.modified_s}") for f in remote.list()]
         if not pattern and not names:  # one object, rather than what is below it
             root, name = split_url(source)
-            with Remote.open(root) as parent:
+            with Remote.open(root, _LISTING) as parent:
                 file = parent.head(name)
             return FileList(
                 [(name, file.num_bytes, file.etag or f"{file.modified_s}")],

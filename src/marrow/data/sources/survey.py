@@ -83,6 +83,6 @@ def _survey(files: Iterable[SourceFile], limit: int | None) -> Types:
 
 def _repeats(column: pa.Array) -> bool:
     """Tell whether a column has few values, many times each."""
-    if pa.types.is_nested(column.type):
+    if pa.types.is_nested(column.type) or pa.types.is_null(column.type):
         return False
     return bool(pc.count_distinct(column).as_py() * 16 <= len(column))

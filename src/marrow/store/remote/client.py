@@ -302,7 +302,7 @@ class Remote:
                 raise error
         assert isinstance(error, Failure)
         self.counters.error(error.kind)
-        if not error.transient or not patience.wait():
+        if not error.transient or not patience.wait(connected=error.kind != "connect"):
             raise self._explain(doing, name, error, patience) from error
         self.counters.add(retries=1)
 
@@ -311,10 +311,13 @@ class Remote:
         if failure.transient:
             if self._stop.is_set():
                 return Unreachable(f"cannot {doing} {where}: it was closed", hint="keep it open while in use")
+            problem, hint = _PASSING.get(failure.kind, (failure.text, _AGAIN))
+            if failure.kind.isdigit():
+                problem = f"the server answers {failure.kind}"
             return Unreachable(
-                f"cannot {doing} {where}: {failure.text} ({patience.failures} tries without progress "
+                f"cannot {doing} {where}: {problem} ({patience.failures} tries without progress "
                 f"in {patience.spent_s:.1f} s)",
-                hint="check the endpoint and the network, then run the same command again",
+                hint=hint,
             )
         problem, hint = _LASTING.get(failure.kind, (failure.text, "check the address and AWS_* variables"))
         kind = _KINDS.get(failure.kind, SourceError)
@@ -343,6 +346,16 @@ def split_url(url: str) -> tuple[str, str]:
 
 
 _CREDENTIALS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and the bucket's policy"
+_AGAIN = "check the endpoint and the network, then run the same command again"
+_PASSING = {
+    "connect": (
+        "nothing there takes a connection",
+        "is the server running? check the address and its port (for s3:// AWS_ENDPOINT_URL), and the network",
+    ),
+    "cut": ("the connection broke off", _AGAIN),
+    "timeout": ("no answer came in time", _AGAIN),
+    "dns": ("the host's name cannot be looked up now", _AGAIN),
+}
 _LASTING = {
     "401": ("it asks for credentials", _CREDENTIALS),
     "403": ("access is denied (403)", _CREDENTIALS),

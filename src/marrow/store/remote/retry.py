@@ -18,7 +18,8 @@ class Retry:
     """The bounds.
 
     attempts: tries without progress before it is an error. total_s: time without progress.
-    timeout_s: how long one answer, or the next bytes of one, may take to come.
+    timeout_s: how long one answer, or the next bytes of one, may take to come. connect_attempts:
+    tries where no connection comes about, by default as many: fewer where a person waits.
     """
 
     attempts: int = 10
@@ -26,6 +27,7 @@ class Retry:
     max_delay_s: float = 10.0
     total_s: float = 120.0
     timeout_s: float = 30.0
+    connect_attempts: int | None = None
 
     def delay_s(self, failures: int) -> float:
         """Draw the wait after this many failures in a row (1, 2, ...)."""
@@ -53,10 +55,13 @@ class Patience:
         self.failures = 0
         self._since_s = time.monotonic()
 
-    def wait(self) -> bool:
+    def wait(self, *, connected: bool = True) -> bool:
         """Count a failure and wait for the next try; False if there is none."""
         self.failures += 1
-        if self.failures >= self._retry.attempts:
+        most = self._retry.attempts
+        if not connected and self._retry.connect_attempts is not None:
+            most = min(most, self._retry.connect_attempts)
+        if self.failures >= most:
             return False
         delay_s = self._retry.delay_s(self.failures)
         if self.spent_s + delay_s > self._retry.total_s:

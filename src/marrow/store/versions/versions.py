@@ -107,6 +107,14 @@ class Versions:
         """Return the first name@version of a version, else the first digits of its id."""
         return label(self.store.catalog, artifact)
 
+    def label_as(self, artifact: Artifact, target: str) -> str:
+        """Return what a version is called by the name that it was asked for; else as `label`."""
+        name = target.partition("~")[0].partition("@")[0]
+        ref = self.refs.get(target)
+        if (ref is not None and ref.kind == "tag") or ("@" in target and "~" not in target):
+            return target
+        return self.label_on(artifact, name)
+
     def entries(self, artifact: Artifact) -> list[Entry]:
         """Return the files of a version, sorted by name. Raises: DamagedBlob."""
         return entries_of(self.contents, artifact)
@@ -187,7 +195,7 @@ class Versions:
             self.require_files(theirs)
             parents = self._parents
             if is_ancestor(theirs.id, ours.id, parents):
-                return Merged("nothing", Version(self.label(ours), ours))
+                return Merged("nothing", Version(self.label_on(ours, target), ours))
             taken: list[str] = []
             forward = is_ancestor(ours.id, theirs.id, parents)
             if forward:
