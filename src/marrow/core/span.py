@@ -165,7 +165,8 @@ def enclosing_ledger() -> Ledger | None:
 
 def is_watched() -> bool:
     """Tell whether spans of this thread go anywhere: into a ledger or to the process's sink."""
-    return _sink is not None or enclosing_ledger() is not None
+    stack: list[_Frame] = getattr(_local, "stack", [])
+    return _sink is not None or (bool(stack) and stack[-1].ledger is not None)
 
 
 def set_sink(sink: Callable[[SpanRecord], None] | None) -> None:

@@ -103,17 +103,14 @@ class StackRows:
 
     def __call__(self, picked: Rows, samples: range) -> Tensor:
         """Make the tensor of rows; `samples` is not in it."""
-        return torch.from_numpy(self._stack(picked))
+        out = self._ring.take((len(picked), picked.stored), np.int64)
+        picked.stack(out)
+        return torch.from_numpy(out)
 
     def many(self, picked: Rows, samples: Sequence[range]) -> list[Tensor]:
         """Make tensors of equally many rows, one for each of `samples`, in one pass."""
-        rows, out = len(picked) // len(samples), self._stack(picked)
-        return [torch.from_numpy(out[low : low + rows]) for low in range(0, len(picked), rows)]
-
-    def _stack(self, picked: Rows) -> NDArray[np.int64]:
-        out = self._ring.take((len(picked), picked.stored), np.int64)
-        picked.stack(out)
-        return out
+        whole, rows = self(picked, samples[0]), len(picked) // len(samples)
+        return [whole[low : low + rows] for low in range(0, len(picked), rows)]
 
 
 def make_batch(picked: Rows, samples: range) -> Batch:

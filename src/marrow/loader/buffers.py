@@ -16,12 +16,9 @@ from numpy.typing import NDArray
 _ALIGN_BYTES = 64  # of a cache line and of AVX-512
 
 
-def _references(slabs: list[NDArray[np.uint8]], i: int) -> int:
-    return sys.getrefcount(slabs[i])
-
-
 # The list's own, and what this Python counts beside it for the argument of the call.
-_ONLY_OURS = _references([np.empty(1, dtype=np.uint8)], 0)
+_kept = [np.empty(1, dtype=np.uint8)]
+_ONLY_OURS = sys.getrefcount(_kept[0])
 
 
 class Ring:
@@ -46,7 +43,7 @@ class Ring:
             num_bytes *= size
         with self._lock:
             for i in range(len(slabs) - 1, -1, -1):
-                if _references(slabs, i) == _ONLY_OURS:
+                if sys.getrefcount(slabs[i]) == _ONLY_OURS:
                     slab, skip = slabs[i], self._skips[i]
                     if len(slab) >= skip + num_bytes:
                         return np.ndarray(shape, dtype, slab, skip)

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from marrow.loader.order import Job, Jobs
 from marrow.loader.source import Reader
-from marrow.loader.stages import QUEUE, enter, stage
+from marrow.loader.stages import enter, stage
 
 B = TypeVar("B")
 
@@ -53,5 +53,4 @@ class GroupMaker(Generic[B]):
         else:
             many: Callable[..., list[B]] = self.collate.many  # type: ignore[attr-defined]
             made = list(zip(many(picked, jobs.samples), jobs.ends, strict=True))
-        enter(QUEUE)
         return made

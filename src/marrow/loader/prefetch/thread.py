@@ -57,12 +57,20 @@ class Prefetcher(Generic[T]):
 
         Raises: what `make` raised, once the items before it are taken; UsageError after close.
         """
-        now = time.perf_counter()
+        if self._left_s is not None:
+            away_s = time.perf_counter() - self._left_s
+            # Half of the newest and half of all before: follows a change within a few items.
+            self._away_s += (min(away_s, LONGEST_AWAY_S) - self._away_s) / 2
+        pays = min(self._away_s, self._make_s) >= HANDOVER_S
+        # Without the lock: a thread that does not pay sleeps until `take` wakes it, and changes nothing.
+        if pays or self._pays or self._making or self._ready or self._error or self._closed:
+            return self._take(pays)
+        return self._make_here()
+
+    def _take(self, pays: bool) -> T:
+        """Take what the thread has made, or wait for it, or make it here."""
         with self._lock:
-            if self._left_s is not None:
-                # Half of the newest and half of all before: follows a change within a few items.
-                self._away_s += (min(now - self._left_s, LONGEST_AWAY_S) - self._away_s) / 2
-            self._pays = min(self._away_s, self._make_s) >= HANDOVER_S
+            self._pays = pays
             while not (self._ready or self._error or self._closed) and (self._pays or self._making):
                 self._room.notify_all()  # the thread sleeps if it did not pay before
                 self._item.wait()
@@ -76,7 +84,11 @@ class Prefetcher(Generic[T]):
                     self._room.notify_all()
                 self._left_s = time.perf_counter()
                 return item
-            self._making = True
+        return self._make_here()
+
+    def _make_here(self) -> T:
+        """Make an item on the consumer's thread, while the other one sleeps."""
+        self._making = True
         start_s = time.perf_counter()
         try:
             item = self._make()
@@ -85,7 +97,6 @@ class Prefetcher(Generic[T]):
             raise
         is_first = self._left_s is None
         self._left_s = now = time.perf_counter()
-        # Without the lock: the thread looks at these only when it is woken, which `take` alone does.
         self._make_s = max(now - start_s, FORGET * self._make_s)
         self._making = False
         if is_first:  # whether it pays is not known yet; it may as well begin
