@@ -197,3 +197,40 @@ def test_the_first_item_is_made_by_whoever_waits_for_it_and_the_next_ahead() -> 
         assert [prefetcher.take(), prefetcher.take()] == [2, 3]
     finally:
         prefetcher.close()
+
+
+def test_a_consumer_that_takes_a_dozen_at_once_and_then_works_has_items_made_ahead() -> None:
+    makers: list[str] = []
+
+    def make() -> None:
+        makers.append(threading.current_thread().name)
+        time.sleep(0.0005)  # worth a thread
+
+    prefetcher = Prefetcher(make, 12, "ahead", is_waited_for=True)
+    try:
+        for _ in range(6):
+            for _ in range(12):
+                prefetcher.take()
+            made = len(makers)
+            time.sleep(0.05)  # a step
+        assert makers[made:].count("ahead") >= 6
+    finally:
+        prefetcher.close()
+
+
+def test_one_pause_now_and_then_wakes_nobody() -> None:
+    makers: list[str] = []
+
+    def make() -> None:
+        makers.append(threading.current_thread().name)
+        time.sleep(0.0003)
+
+    prefetcher = Prefetcher(make, 2, "ahead", is_waited_for=True)
+    try:
+        for _ in range(5):
+            for _ in range(80):
+                prefetcher.take()
+            time.sleep(0.01)
+        assert makers[3:].count("ahead") == 0, "the first two are made ahead, nothing being known yet"
+    finally:
+        prefetcher.close()

@@ -23,7 +23,10 @@ T = TypeVar("T")
 # PERF: what a hand-over costs where the producer is the limit: about 60 microseconds an item.
 HANDOVER_S = 100e-6
 FORGET = 0.9  # slowly: what is slow now and then, such as a new file, is worth working ahead for
-LONGEST_AWAY_S = 16 * HANDOVER_S  # that one pause counts as: forgotten four items later
+# A consumer that is away for long is known after three items, also if it takes up to a dozen at once and
+# then works; one pause in 32 items is the machine's, and wakes nobody.
+LONGEST_AWAY_S = 16 * HANDOVER_S  # that one pause counts as
+MEMORY = 32  # items, of the mean
 
 
 class Prefetcher(Generic[T]):
@@ -59,8 +62,7 @@ class Prefetcher(Generic[T]):
         """
         if self._left_s is not None:
             away_s = time.perf_counter() - self._left_s
-            # Half of the newest and half of all before: follows a change within a few items.
-            self._away_s += (min(away_s, LONGEST_AWAY_S) - self._away_s) / 2
+            self._away_s += (min(away_s, LONGEST_AWAY_S) - self._away_s) / MEMORY
         pays = min(self._away_s, self._make_s) >= HANDOVER_S
         # Without the lock: a thread that does not pay sleeps until `take` wakes it, and changes nothing.
         if pays or self._pays or self._making or self._ready or self._error or self._closed:
