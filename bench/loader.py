@@ -4,9 +4,9 @@
 
 A sample is one packed row as int64 tokens [T+1], of which inputs and targets are views; batches are
 [B, T+1]. All ways read the same rows, shuffled, each in a process of its own, in turns of equal
-time; the table shows medians, and what positions, document numbers and masked targets cost beside
-it. Marrow's checks are on: each shard is hashed once a process, before the clock starts like every
-side's first epoch. Peers (`peers/loader.py`) come from bench/requirements-loader.txt.
+time and changing order; the table shows medians, and what positions, document numbers and masked
+targets cost beside it. Marrow's checks are on: each row is hashed once a process, before the clock
+starts like every side's first epoch. Peers (`peers/loader.py`) come from bench/requirements-loader.txt.
 
 Then the first batch, in fresh processes: from the start of the process, and after the imports.
 """
@@ -14,6 +14,7 @@ Then the first batch, in fresh processes: from the start of the process, and aft
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -165,8 +166,9 @@ def measure(folder: Path, batch: int, repeat: int, seconds: float) -> dict[str, 
             assert process.stdout is not None
             while process.stdout.readline() not in ("ready\n", ""):
                 pass
-        for _ in range(repeat):
-            for name, process in served.items():
+        for turn in range(repeat):
+            # Another order each turn: some peers' threads go on for a while after theirs.
+            for name, process in random.Random(turn).sample(sorted(served.items()), len(served)):
                 assert process.stdin is not None and process.stdout is not None
                 process.stdin.write("go\n")
                 rates[name].append(float(process.stdout.readline()))
