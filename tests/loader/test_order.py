@@ -132,6 +132,18 @@ def test_what_is_ahead_is_told_before_it_is_needed() -> None:
         assert set((job.rows_B // 50).tolist()) <= told
 
 
+def test_what_lies_behind_is_not_told_again() -> None:
+    """A cache that holds little would fetch it in place of what comes."""
+    order = WindowShuffle.of_equal(50_000, 50, 0, 4)  # windows of 200 rows, ten batches each
+    told: list[set[int]] = []
+    walk = Walk(order, 0, 20, ahead=lambda rows: told.append(set((rows // 50).tolist())))
+    used = [set((job.rows_B // 50).tolist()) for job in jobs(walk, 400)]
+    for number in range(40, 400):
+        # Looked up at most 512 rows ago, from the beginning of a window on: 36 batches.
+        assert not set.union(*used[: number - 36]) & told[number]
+        assert used[number] <= told[number]
+
+
 @pytest.mark.parametrize(
     ("given_ranges", "merged"),
     [

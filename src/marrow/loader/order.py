@@ -81,7 +81,8 @@ class Walk:
         self._rows, self._size = np.empty(0, dtype=np.int64), 0
         self._samples: list[range] = []
         self._ends: list[int] = []
-        self._soon = np.empty(0, dtype=np.int64)  # rows that tell what comes after the planned ones
+        self._soon = np.empty(0, dtype=np.int64)  # rows that tell what comes after those of a job
+        self._looked_until = start if ahead is not None else MOST_POSITIONS
         self._used = 0
 
     def __iter__(self) -> Iterator[Job]:
@@ -110,12 +111,12 @@ class Walk:
         jobs = Jobs(rows_N, self._samples[low:high], self._ends[low:high])
         self._used = high
         if self._ahead is not None:
+            self._look_ahead(jobs.samples[0].start)
             self._ahead(np.concatenate([jobs.rows_N, self._soon]))
         return jobs
 
     def _plan(self) -> None:
         """Turn the positions of some batches into rows."""
-        low = self._next
         positions = self._next_positions(self._plan_batches * self._batch_rows)
         size = min(self._batch_rows, len(positions)) // self._world
         if not size:
@@ -131,10 +132,16 @@ class Walk:
         spans = zip(own[:, 0].tolist(), (own[:, -1] + 1).tolist(), strict=True)
         self._samples = [range(first, end) for first, end in spans]
         self._ends = (positions[:, -1] + 1).tolist()
-        if self._ahead is not None:
-            soon = self._order.ahead(low, 2 * (self._next - low))
-            self._soon = soon if len(soon) <= _MOST_AHEAD else soon[:0]
         self._rows, self._size, self._used = rows, size, 0
+
+    def _look_ahead(self, position: int) -> None:
+        """Find which rows come after `position`; again after some batches, since what is behind misleads."""
+        if position < self._looked_until:
+            return
+        self._soon = self._order.ahead(position, 2 * self._plan_batches * self._batch_rows)
+        self._looked_until = position + _MOST_AHEAD * self._world
+        if len(self._soon) > _MOST_AHEAD:
+            self._soon, self._looked_until = self._soon[:0], MOST_POSITIONS
 
     def _next_positions(self, count: int) -> Int64Array:
         """Return the next `count` positions that are not skipped; fewer at the end."""
