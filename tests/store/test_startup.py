@@ -10,8 +10,6 @@ start_s = time.process_time()
 import sqlalchemy, sqlalchemy.dialects.sqlite
 ready_s = time.process_time()
 from pathlib import Path
-import pytest
-
 from marrow.core.records import Parent
 from marrow.store.steps import Step, run_step
 from marrow.store.store import Store

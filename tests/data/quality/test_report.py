@@ -109,7 +109,9 @@ def test_a_long_refusal_is_cut_and_says_where_the_rest_is(tmp_path: Path, count:
 
 
 def test_a_warning_alone_refuses_nothing() -> None:
-    ExpectationReport(3, (result(status="warn", level="warn"), result(status="pass"))).refuse()
+    report = ExpectationReport(3, (result(status="warn", level="warn"), result(status="pass")))
+    report.refuse()  # raises for what failed
+    assert [one.status for one in report.results] == ["warn", "pass"]
 
 
 def test_the_file_is_whole_or_not_there(tmp_path: Path) -> None:

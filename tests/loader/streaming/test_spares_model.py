@@ -100,7 +100,8 @@ class Model(RuleBasedStateMachine):
 
 def test_any_use_of_spares_is_as_the_model_says(tmp_path: Path) -> None:
     Model.folder = tmp_path
-    run_state_machine_as_test(Model)
+    run_state_machine_as_test(Model)  # asserts after each step
+    assert any(tmp_path.iterdir()), "the model had a folder for each run, so it was run"
 
 
 def test_a_folder_that_is_not_there_has_no_spares(tmp_path: Path) -> None:
