@@ -148,6 +148,7 @@ def test_a_folder_without_permission_is_named(tmp_path):
         (tmp_path / "file").write_text("x")
 
 
+@pytest.mark.slow
 def test_every_error_in_the_source_that_a_user_can_act_on_has_a_message():
     """Every `raise SomeMarrowError(...)` in the package passes at least a message."""
     package = Path(errors.__file__).parents[1]

@@ -136,6 +136,7 @@ def test_what_is_no_image_is_named(value: Any, word: str) -> None:
         ImageTransform(size=8)({"image": value}, 0)
 
 
+@pytest.mark.slow
 def test_a_bomb_is_refused_before_it_is_decoded() -> None:
     for width, words in ((9_000, "9000 x 9000 pixels is more than the 64,000,000"), (14_000, "no image")):
         file = io.BytesIO()

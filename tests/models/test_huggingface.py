@@ -97,6 +97,7 @@ def decoder(tiny):
     return decoder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_we_load_what_transformers_saves_and_give_the_same_logits(family, tmp_path, tokens, logits_of):
     model = peer(family)
@@ -106,6 +107,7 @@ def test_we_load_what_transformers_saves_and_give_the_same_logits(family, tmp_pa
         torch.testing.assert_close(ours, model(tokens).logits, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -154,6 +156,7 @@ def test_the_tokenizer_travels_along(decoder, tokenizer_folder, tmp_path):
     assert model.config.eos_token_id == 1
 
 
+@pytest.mark.slow
 def test_greedy_generation_of_transformers_follows_our_logits(decoder, tmp_path, logits_of):
     huggingface.save(tmp_path, decoder)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)

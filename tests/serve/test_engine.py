@@ -49,6 +49,7 @@ def ids_of(completions: list[Completion]) -> list[tuple[int, ...]]:
     return [completion.token_ids for completion in completions]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_greedy_equals_transformers_under_concurrency_preemption_and_sharing(
     family: str, request: pytest.FixtureRequest, start: Callable[..., Engine]
@@ -168,6 +169,7 @@ def test_the_end_token_ends_the_text_unless_ignored(
     assert (ignored.token_ids, ignored.finish_reason) == ((0, 0, 0), "length")
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_those_of_transformers(llama: Path, start: Callable[..., Engine]) -> None:
     transformers = pytest.importorskip("transformers")
     [prompt] = random_prompts(1, longest=100, seed=9)

@@ -63,6 +63,7 @@ def losses(out: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines]
 
 
+@pytest.mark.slow
 def test_the_loss_goes_down(corpus: Path, tiny_recipe: Make, tiny_model: ModelConfig, tmp_path: Path) -> None:
     recipe = tiny_recipe(steps=60, batch_rows=8, log_every=10)
     out, facts = run(corpus, recipe, tiny_model, tmp_path)

@@ -249,6 +249,7 @@ def test_names_that_do_not_print_are_escaped(capsys: Capture) -> None:
     assert "new\\nline" in shown
 
 
+@pytest.mark.slow
 def test_the_verbs_load_neither_torch_nor_arrow(capsys: Capture) -> None:
     two_versions(capsys)
     code = """
