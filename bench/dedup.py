@@ -98,7 +98,7 @@ def marrow(source: Path, folder: Path) -> Callable[[], Answer]:
 
     from marrow.data.config import DedupRecipe
     from marrow.data.dedup.duplicates import find_duplicates
-    from marrow.kernels.minhash import shingle_sets
+    from marrow.kernels.search.minhash import shingle_sets
 
     pa.set_cpu_count(1)
     shingle_sets(pa.array(["compile and load"]), WIDTH)

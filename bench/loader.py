@@ -45,7 +45,7 @@ def make_rows(folder: Path, rows: int, context: int, shard_rows: int) -> None:
     from marrow.core.hashes import check_file
     from marrow.data.manifest import Manifest, ShardEntry
     from marrow.data.shards import packed_rows
-    from marrow.kernels.gather_rows import Columns
+    from marrow.kernels.rows.gather_rows import Columns
 
     rng = np.random.default_rng(0)
     out, stored = folder / "marrow", context + 1

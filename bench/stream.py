@@ -62,7 +62,7 @@ def make_data(folder: Path, num_shards: int, shard_bytes: int) -> None:
     from marrow.core.hashes import check_file
     from marrow.data.manifest import Manifest, ShardEntry
     from marrow.data.shards import packed_rows
-    from marrow.kernels.gather_rows import Columns
+    from marrow.kernels.rows.gather_rows import Columns
 
     each = shard_bytes // (STORED * 2)
     rng = np.random.default_rng(0)

@@ -256,7 +256,7 @@ def test_export_is_a_folder_that_transformers_loads(marrow: Marrow, finished: Pa
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from marrow.kernels.attention import attention, pack
+    from marrow.kernels.attention.attention import attention, pack
     from marrow.models import huggingface
 
     folder = tmp_path / "model"

@@ -14,7 +14,7 @@ from marrow.data.sources.delimited import Tally, read_delimited
 from marrow.data.sources.dialect import Dialect
 from marrow.data.sources.file import SourceFile
 from marrow.data.sources.streams import Broken
-from marrow.kernels.scan_csv import MAX_RECORD_BYTES
+from marrow.kernels.rows.scan_csv import MAX_RECORD_BYTES
 
 NAMES = ("a", "b")
 END = "an end that no record holds"

@@ -27,7 +27,7 @@ def test_a_type_of_the_recipe_is_taken_and_what_does_not_fit_is_quarantined(
     tmp_path, read_rows, monkeypatch, use_c
 ):
     if not use_c:
-        monkeypatch.setattr("marrow.kernels.scan_csv._library", lambda: None)
+        monkeypatch.setattr("marrow.kernels.rows.scan_csv._library", lambda: None)
     path = tmp_path / "a.csv"
     path.write_text(
         "id,price,day\n007,1.5,2024-01-02\n8,free,2024-01-03\n"

@@ -7,7 +7,7 @@ import torch
 
 from marrow.core.errors import UsageError
 from marrow.kernels import dispatch
-from marrow.kernels.rms_norm import rms_norm, rms_norm_reference
+from marrow.kernels.norms.rms_norm import rms_norm, rms_norm_reference
 
 
 @pytest.fixture
@@ -78,9 +78,7 @@ def test_the_public_op_follows_the_choice():
 
 @pytest.mark.slow
 def test_the_environment_decides_in_a_fresh_process():
-    program = (
-        "import marrow.kernels.rms_norm, marrow.kernels.dispatch as d; print([c.path for c in d.choices()])"
-    )
+    program = "import marrow.kernels.norms.rms_norm, marrow.kernels.dispatch as d; print([c.path for c in d.choices()])"
     run = subprocess.run(
         [sys.executable, "-c", program],
         env={"MARROW_KERNELS": "reference", "PATH": ""},

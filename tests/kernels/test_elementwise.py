@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marrow.kernels import dispatch
-from marrow.kernels import rms_norm as rms_norm_module
-from marrow.kernels.rms_norm import rms_norm
-from marrow.kernels.rope import rope, rope_angles
-from marrow.kernels.swiglu import swiglu
+from marrow.kernels.activations.rope import rope, rope_angles
+from marrow.kernels.activations.swiglu import swiglu
+from marrow.kernels.norms import rms_norm as rms_norm_module
+from marrow.kernels.norms.rms_norm import rms_norm
 
 DTYPES = [torch.float32, torch.bfloat16]
 OPS = ["rms_norm", "rope", "swiglu"]

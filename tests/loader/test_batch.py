@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marrow.kernels.gather_rows import Columns, RowTable
+from marrow.kernels.rows.gather_rows import Columns, RowTable
 from marrow.loader.batch import IGNORED, Batch, make_batch
 from marrow.loader.loader import Loader
 from marrow.loader.reader import Rows, ShardReader

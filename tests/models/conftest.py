@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from marrow.kernels.attention import attention, pack
+from marrow.kernels.attention.attention import attention, pack
 from marrow.models.config import ModelConfig
 from marrow.models.decoder import Decoder
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from marrow.kernels import dispatch
-from marrow.kernels.attention import attention, pack
+from marrow.kernels.attention.attention import attention, pack
 from marrow.models.config import ModelConfig
 from marrow.models.decoder import Decoder
 

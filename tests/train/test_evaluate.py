@@ -14,7 +14,7 @@ import torch
 
 from marrow.core.errors import DataError, ModelError
 from marrow.core.records import Sampling
-from marrow.kernels.attention import attention_reference, pack
+from marrow.kernels.attention.attention import attention_reference, pack
 from marrow.models import huggingface
 from marrow.models.config import ModelConfig
 from marrow.models.decoder import Decoder

@@ -22,7 +22,7 @@ from marrow.core.errors import DiskFull, Interrupted, ModelError, RecipeError, T
 from marrow.core.frozen_map import FrozenMap
 from marrow.core.span import Ledger
 from marrow.kernels import device
-from marrow.kernels.attention import attention, pack
+from marrow.kernels.attention.attention import attention, pack
 from marrow.loader.config import LoaderRecipe, SourceRecipe
 from marrow.loader.loader import Loader
 from marrow.models import huggingface

@@ -45,8 +45,8 @@ def examine() -> dict[str, Any]:
     from marrow.kernels import device, dispatch
 
     device.raise_malloc_thresholds()
-    for module in pkgutil.iter_modules(kernels.__path__):
-        importlib.import_module(f"marrow.kernels.{module.name}")
+    for module in pkgutil.walk_packages(kernels.__path__, "marrow.kernels."):
+        importlib.import_module(module.name)
     dtype = device.choose_dtype()
     home = Path(os.environ.get("MARROW_HOME") or ".marrow").absolute()
     place = next(path for path in (home, *home.parents) if path.exists())

@@ -30,7 +30,7 @@ from marrow.data.manifest import Manifest, ShardEntry
 from marrow.data.packing import Row, pack
 from marrow.data.shards_config import ShardsRecipe
 from marrow.data.tables import open_table, parts, stream
-from marrow.kernels.gather_rows import Columns, check_rows
+from marrow.kernels.rows.gather_rows import Columns, check_rows
 from marrow.text.config import TokenizerRecipe
 from marrow.text.tokenizer import CONFIG_NAME, Tokenizer
 from marrow.text.tokenizer import FILE_NAME as TOKENIZER_FILE

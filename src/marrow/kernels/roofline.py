@@ -13,8 +13,12 @@ from typing import Any
 
 import torch
 
-from marrow.kernels import attention, dispatch, linear_cross_entropy, paged_attention, rms_norm, rope, swiglu
+from marrow.kernels import dispatch
+from marrow.kernels.activations import rope, swiglu
+from marrow.kernels.attention import attention, paged_attention
 from marrow.kernels.device import best_seconds, measure_copy_bandwidth, measure_gemm_peak
+from marrow.kernels.losses import linear_cross_entropy
+from marrow.kernels.norms import rms_norm
 
 OPS = ("rms_norm", "rope", "swiglu", "attention", "paged_attention", "linear_cross_entropy")
 CHANNELS, HEADS, KV_HEADS, HEAD_SIZE, VOCAB, ROW_TOKENS, BLOCK = 256, 4, 2, 64, 4096, 512, 16

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from marrow.kernels.gather_rows import IGNORED as IGNORED
+from marrow.kernels.rows.gather_rows import IGNORED as IGNORED
 from marrow.loader.buffers import Ring
 from marrow.loader.reader import Rows
 

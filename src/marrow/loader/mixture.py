@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from marrow.core.errors import UsageError
-from marrow.kernels.gather_rows import permute
+from marrow.kernels.rows.gather_rows import permute
 from marrow.loader.plan import Order, order_keys
 
 Int64Array = NDArray[np.int64]

@@ -12,7 +12,7 @@ takes its contiguous part.
     WindowShuffle    shards are permuted; the rows of W shards in a row are shuffled fully. Only W
                      shards are read at a time, and each once an epoch: for data that is far away.
 
-Keys of the permutations (`kernels/gather_rows.py`) are SHA-512 of seed, epoch and window.
+Keys of the permutations (`kernels/rows/gather_rows.py`) are SHA-512 of seed, epoch and window.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from marrow.kernels.gather_rows import NUM_KEYS, halves, permute
+from marrow.kernels.rows.gather_rows import NUM_KEYS, halves, permute
 
 Int64Array = NDArray[np.int64]
 

@@ -27,7 +27,7 @@ from marrow.core.errors import DataError, UsageError, explain_os_errors
 from marrow.core.hashes import check_file, hash_value
 from marrow.data.manifest import FILE_NAME as MANIFEST_FILE
 from marrow.data.manifest import Manifest, ShardEntry
-from marrow.kernels.gather_rows import Columns, RowTable
+from marrow.kernels.rows.gather_rows import Columns, RowTable
 from marrow.loader.far_folder import JoinedFiles, far_files
 from marrow.loader.source import Files, LocalFiles
 from marrow.loader.stages import stage

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from marrow.kernels.rms_norm import rms_norm
-from marrow.kernels.rope import rope, rope_angles
-from marrow.kernels.swiglu import swiglu
+from marrow.kernels.activations.rope import rope, rope_angles
+from marrow.kernels.activations.swiglu import swiglu
+from marrow.kernels.norms.rms_norm import rms_norm
 from marrow.models.config import ModelConfig
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from marrow.core.errors import ResourceError
-from marrow.kernels.paged_attention import paged_attention
+from marrow.kernels.attention.paged_attention import paged_attention
 from marrow.models import huggingface
 from marrow.models.decoder import Decoder
 from marrow.serve.blocks import SCRATCH

@@ -25,7 +25,7 @@ from marrow.core.errors import ModelError
 from marrow.core.files import atomic_file
 from marrow.core.progress import Progress, silent
 from marrow.core.span import span
-from marrow.kernels.attention import attention, pack
+from marrow.kernels.attention.attention import attention, pack
 from marrow.kernels.device import choose_dtype
 from marrow.models import huggingface
 from marrow.models.decoder import Decoder

@@ -27,9 +27,9 @@ from marrow.core.span import span
 from marrow.data.manifest import FILE_NAME as MANIFEST_FILE
 from marrow.data.manifest import Manifest
 from marrow.kernels import dispatch
-from marrow.kernels.attention import attention, pack
+from marrow.kernels.attention.attention import attention, pack
 from marrow.kernels.device import raise_malloc_thresholds
-from marrow.kernels.linear_cross_entropy import linear_cross_entropy
+from marrow.kernels.losses.linear_cross_entropy import linear_cross_entropy
 from marrow.loader.batch import Batch
 from marrow.loader.config import LoaderRecipe, settings_of
 from marrow.loader.loader import Loader, LoaderState

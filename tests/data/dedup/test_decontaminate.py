@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from marrow.core.errors import DataError, SourceError
 from marrow.data.config import DataRecipe, DecontaminateRecipe, settings_of
 from marrow.data.dedup.decontaminate import Evaluations
-from marrow.kernels.minhash import split_words
+from marrow.kernels.search.minhash import split_words
 
 WORDS = [f"w{i}" for i in range(3000)]
 
@@ -102,7 +102,7 @@ def test_a_hash_alone_drops_nothing(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"q": "a b c d e f"}])
     evaluations = Evaluations(recipe(path, ngram=4))
     text = pa.array(["q r s t"])
-    from marrow.kernels.minhash import shingle_hashes
+    from marrow.kernels.search.minhash import shingle_hashes
 
     (grams_of_file,) = evaluations._files
     forged = shingle_hashes(text, 4)[0][0]

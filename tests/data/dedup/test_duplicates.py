@@ -18,7 +18,7 @@ from marrow.data.config import DedupRecipe
 from marrow.data.dedup.clusters import components
 from marrow.data.dedup.duplicates import Check, band_rows, check, find_duplicates
 from marrow.data.engine import INLINE, Processes, Threads
-from marrow.kernels.minhash import NUM_HASHES, shingle_sets, split_words
+from marrow.kernels.search.minhash import NUM_HASHES, shingle_sets, split_words
 
 WORDS = [f"word{i}" for i in range(5000)]
 ARRAYS = ("exact_of", "near_of", "clusters")

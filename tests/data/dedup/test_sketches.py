@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marrow.data.dedup.sketches import Signing, Sketches, scratch, sign
-from marrow.kernels.minhash import shingle_sets
+from marrow.kernels.search.minhash import shingle_sets
 
 TEXTS = [
     "one two three four five six",

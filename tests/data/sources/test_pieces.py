@@ -162,7 +162,7 @@ def test_a_file_without_c_gives_the_same_bytes(tmp_path, small, monkeypatch):
     for name in ("fast", "slow"):
         (tmp_path / name).mkdir()
         ingest(DataRecipe(source=str(source)), tmp_path / name)
-        monkeypatch.setattr("marrow.kernels.scan_csv._library", lambda: None)
+        monkeypatch.setattr("marrow.kernels.rows.scan_csv._library", lambda: None)
     assert digest(tmp_path / "fast") == digest(tmp_path / "slow")
 
 

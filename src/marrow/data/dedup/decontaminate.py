@@ -29,7 +29,7 @@ from marrow.data.sources.delimited import Tally
 from marrow.data.sources.formats import read_file
 from marrow.data.sources.listing import SourceFile, find_files
 from marrow.data.sources.streams import Broken
-from marrow.kernels.minhash import shingle_hashes, word_spans
+from marrow.kernels.search.minhash import shingle_hashes, word_spans
 
 EXCERPT_CHARS = 200
 _BATCH = 4096

@@ -32,7 +32,7 @@ from marrow.data.dedup.buckets import Pairs, equal_keys, pairs_of
 from marrow.data.dedup.clusters import Clusters
 from marrow.data.dedup.sketches import Signing, Sketches, scratch, sign
 from marrow.data.engine import INLINE, Engine
-from marrow.kernels.minhash import MAX_QUERIES, NUM_HASHES, are_near, shared_counts
+from marrow.kernels.search.minhash import MAX_QUERIES, NUM_HASHES, are_near, shared_counts
 
 MEMORY_BYTES = 256 << 20
 FOUND = 0.995  # share of pairs at the asked similarity that the bands must bring together

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from marrow.core.errors import explain_os_errors
 from marrow.core.files import sweep, temporary_beside
 from marrow.data.dedup.buckets import write_all
-from marrow.kernels.minhash import NUM_HASHES, shingle_sets, signatures, text_memory
+from marrow.kernels.search.minhash import NUM_HASHES, shingle_sets, signatures, text_memory
 
 SHINGLE_WORDS = 5
 
@@ -115,7 +115,7 @@ class Sketches:
         return _mapped(self.folder / name, np.uint64)
 
     def sets(self) -> tuple[U32, I64]:
-        """Return all shingle sets and their starts [N + 1], as `kernels/minhash.py` has them."""
+        """Return all shingle sets and their starts [N + 1], as `kernels/search/minhash.py` has them."""
         return _mapped(self.folder / "shingles", np.uint32), _mapped(self.folder / "starts", np.int64)
 
     def _write(self, name: str, values: NDArray[Any]) -> None:

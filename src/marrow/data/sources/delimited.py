@@ -3,7 +3,7 @@
 The first record that is not blank is the header. Blank records (no characters, or only empty fields)
 are left out and counted. A record is broken if it has another number of fields than the header, is
 no UTF-8, never closes a quote, or is larger than 4 MiB; what follows it is read on. The records are
-found by `kernels/scan_csv.py`, a block at a time; columns are made when the types are known: those of
+found by `kernels/rows/scan_csv.py`, a block at a time; columns are made when the types are known: those of
 numbers and times straight from the bytes, what is not plainly written by `columns.py`.
 """
 
@@ -21,7 +21,7 @@ from marrow.data.sources.columns import Misfit, SchemaGrewError, as_asked, infer
 from marrow.data.sources.dialect import Dialect, sniff
 from marrow.data.sources.file import SourceFile
 from marrow.data.sources.streams import Broken, encoding_of, open_bytes, peek
-from marrow.kernels.scan_csv import I64, MAX_RECORD_BYTES, Kind, Layout, Scan, scan_csv
+from marrow.kernels.rows.scan_csv import I64, MAX_RECORD_BYTES, Kind, Layout, Scan, scan_csv
 
 BLOCK_BYTES = 1 << 20
 _ENDING = re.compile(rb"\r\n|\n|\r")

@@ -24,7 +24,7 @@ from marrow.data.sources.dialect import unique_names
 from marrow.data.sources.file import SourceFile
 from marrow.data.sources.streams import Broken, encoding_of, lines_of, open_bytes, open_seekable, peek
 from marrow.data.tables import plain_type
-from marrow.kernels.scan_csv import I64
+from marrow.kernels.rows.scan_csv import I64
 
 BATCH_ROWS = 4096
 BATCH_BYTES = 1 << 20

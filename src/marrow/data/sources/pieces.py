@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from marrow.data.sources.dialect import sniff
 from marrow.data.sources.file import SourceFile
 from marrow.data.sources.streams import is_plain, mark_bytes, open_bytes, open_seekable
-from marrow.kernels.scan_csv import cut_csv
+from marrow.kernels.rows.scan_csv import cut_csv
 
 PIECE_BYTES = 64 << 20
 FILE_BYTES = 16 << 10  # what opening a file costs, in bytes read in the same time

@@ -1,6 +1,6 @@
 /* Texts to shingle hashes, sorted sets, MinHash signatures and intersections, without Python.
  *
- * The same bits as kernels/minhash.py, which states the rules and is the oracle. Texts are Arrow
+ * The same bits as kernels/search/minhash.py, which states the rules and is the oracle. Texts are Arrow
  * string memory: bytes and offsets [N+1]. Bytes that are no UTF-8 separate words. Little-endian.
  */
 

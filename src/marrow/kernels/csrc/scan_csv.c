@@ -1,4 +1,4 @@
-/* CSV: records found, and their fields made into columns. The reference is kernels/scan_csv.py.
+/* CSV: records found, and their fields made into columns. The reference is kernels/rows/scan_csv.py.
  *
  * scan_csv     finds the fields of whole records in a block, as Python's csv module would, and tells
  *              apart what is broken: the wrong number of fields, a quote that never closes

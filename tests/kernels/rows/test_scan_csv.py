@@ -12,8 +12,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from marrow.data.sources.columns import NULLS, SchemaGrewError, parse
-from marrow.kernels import scan_csv as module
-from marrow.kernels.scan_csv import Layout, Scan, cut_csv, cut_csv_reference, scan_csv, scan_csv_reference
+from marrow.kernels.rows import scan_csv as module
+from marrow.kernels.rows.scan_csv import (
+    Layout,
+    Scan,
+    cut_csv,
+    cut_csv_reference,
+    scan_csv,
+    scan_csv_reference,
+)
 
 needs_c = pytest.mark.skipif(module._library() is None, reason="no C compiler")
 TOKENS = st.lists(

@@ -6,8 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marrow.kernels import dispatch
-from marrow.kernels import linear_cross_entropy as module
-from marrow.kernels.linear_cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference
+from marrow.kernels.losses import linear_cross_entropy as module
+from marrow.kernels.losses.linear_cross_entropy import (
+    IGNORE,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
 
 PATHS = list(dispatch.paths("linear_cross_entropy"))
 

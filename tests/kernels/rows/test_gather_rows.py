@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marrow.core.errors import DataError
-from marrow.kernels import gather_rows, native
-from marrow.kernels.gather_rows import Columns, RowTable, check_rows, permute, permute_reference
+from marrow.kernels import native
+from marrow.kernels.rows import gather_rows
+from marrow.kernels.rows.gather_rows import Columns, RowTable, check_rows, permute, permute_reference
 
 KEYS = [0x9E3779B97F4A7C15 * (i + 1) % (1 << 64) for i in range(8)]
 

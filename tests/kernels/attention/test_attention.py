@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marrow.kernels import dispatch
-from marrow.kernels.attention import attention, attention_reference, pack
+from marrow.kernels.attention.attention import attention, attention_reference, pack
 
 PATHS = list(dispatch.paths("attention"))
 LAYOUTS = {

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marrow.kernels import dispatch
-from marrow.kernels.paged_attention import paged_attention_reference
+from marrow.kernels.attention.paged_attention import paged_attention_reference
 
 PATHS = list(dispatch.paths("paged_attention"))
 SIZE, BLOCK = 8, 4

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from marrow.kernels import minhash
+from marrow.kernels.search import minhash
 
 TEXTS = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("aaabc \n.-日本ก")), max_size=80)
 
@@ -192,7 +192,8 @@ def test_letters_are_letters_and_separators_separate():
 
 def test_without_a_compiler_the_answer_is_the_same():
     code = (
-        "import pyarrow as pa, hashlib; from marrow.kernels import minhash, native;"
+        "import pyarrow as pa, hashlib; from marrow.kernels import native;"
+        "from marrow.kernels.search import minhash;"
         "v, s = minhash.shingle_sets(pa.array(['some words that are here', 'é 日本 x', '']), 3);"
         "print(native.load('minhash') is None, hashlib.sha256(v.tobytes() + s.tobytes()"
         " + minhash.signatures(v, s).tobytes()"
