@@ -41,7 +41,9 @@ FOUND: dict[str, Any] = {
     "native": {"bpe": True, "minhash": False},
     "cuda": False,
     "store": {"home": "/x/.marrow", "free_bytes": 5 << 30},
-    "kernels": [{"op": "attention", "device": "cpu", "path": "plain", "reason": "no triton"}],
+    "kernels": [
+        {"op": "attention", "device": "cpu", "dtype": "float32", "path": "plain", "reason": "no triton"}
+    ],
 }
 
 
@@ -57,7 +59,7 @@ def test_every_fact_is_shown_with_its_unit() -> None:
     assert rows["GEMM bf16"] == "250 GFLOP/s (2.50x fp32): training takes bfloat16"
     assert rows["disk write"] == "800 MB/s with fsync"
     assert rows["free"] == "5.0 GiB"
-    assert rows["attention on cpu"] == "plain (no triton)"
+    assert rows["attention on cpu in float32"] == "plain (no triton)"
     assert "torch.compile works" in rows["C++ compiler"]
     assert rows["bpe"] == "compiled"
     assert "A CPU" in doctor_table(sections(FOUND))

@@ -20,6 +20,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(native.CACHE_ENVIRONMENT, str(tmp_path / "cache"))
     native.load.cache_clear()
     native.cache_folder.cache_clear()
+    native._warn_of_missing_compiler.cache_clear()
     path = tmp_path / "add.c"
     path.write_text(ADD)
     yield path
@@ -59,6 +60,29 @@ def test_a_changed_source_is_compiled_anew(source: Path) -> None:
     assert len(kept()) == 2
 
 
+def test_a_changed_header_beside_it_compiles_anew(source: Path) -> None:
+    header = source.with_name("one.h")
+    header.write_text("#define ONE 1\n")
+    source.write_text(f'#include "one.h"\n{ADD.replace("a + b", "a + b + ONE")}')
+    assert added(native.load(source), 5, 2) == 8
+    header.write_text("#define ONE 2\n")
+    native.load.cache_clear()
+    assert added(native.load(source), 5, 2) == 9
+
+
+def test_threads_are_shared_with_torch_and_cost_nothing_where_unused(source: Path) -> None:
+    assert b"libgomp" not in Path(native.load(source)._name).read_bytes()
+    loop = "int64_t add(int64_t a, int64_t b) {\n#pragma omp parallel for num_threads(2) reduction(+ : a)\n"
+    source.write_text(f"#include <stdint.h>\n{loop}for (int64_t i = 0; i < b; i++) a += 1;\nreturn a;\n}}\n")
+    code = (
+        "import sys, torch; from pathlib import Path; from marrow.core import native;"
+        f"assert native.load(Path({str(source)!r})).add(3, 4) == 7;"
+        "print(len({line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "1"
+
+
 def test_a_damaged_library_is_made_anew(source: Path) -> None:
     native.load(source)
     (path,) = kept()
@@ -79,7 +103,8 @@ def test_without_a_compiler_there_is_a_warning_and_none(
         assert native.load(source) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert native.load(source) is None  # said once
+        assert native.load(source) is None
+        assert native.load(source.with_name("other.c")) is None  # said once, not once a file
 
 
 def test_an_error_of_the_compiler_is_shown(source: Path) -> None:

@@ -1,10 +1,16 @@
 """What all operator tests share: a clean kernel table, and the error budget."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
+
+if (
+    not torch.cuda.is_available()
+):  # before an operator is imported: on the CPU Triton's kernels are interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from marrow.kernels import dispatch
 

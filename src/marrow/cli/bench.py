@@ -72,18 +72,42 @@ def serve(
 
 
 @command.command("kernels")
+@click.option("--op", "ops", multiple=True, help="An operator; all by default.")
+@click.option(
+    "--dtype", "dtypes", type=click.Choice(["fp32", "bf16"]), multiple=True, default=("fp32", "bf16")
+)
+@click.option(
+    "--seconds", type=click.FloatRange(0.001), default=0.1, show_default=True, help="For each path and shape."
+)
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page with the roofline plot there.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def kernels(as_json: bool) -> None:
-    """Measure each operator against this machine's roofline."""
-    from marrow.kernels import roofline
+def kernels(
+    ops: tuple[str, ...], dtypes: tuple[str, ...], seconds: float, html: Path | None, as_json: bool
+) -> None:
+    """Measure each operator against this machine's roofline, on one thread of the CPU.
 
-    rows: list[dict[str, Any]] = roofline.measure()
+    The path that is taken has a star. Time is that of a forward.
+    """
+    import torch
+
+    from marrow.cli.tables import measured_table
+    from marrow.kernels import device, roofline
+
+    device.raise_malloc_thresholds()
+    torch.set_num_threads(1)
+    operators = roofline.load_operators(ops)
+    rows: list[dict[str, Any]] = []
+    with console.progress_of("bench") as progress:
+        for name in dict.fromkeys(dtypes):
+            dtype = torch.float32 if name == "fp32" else torch.bfloat16
+            rows += roofline.measure(operators, dtype=dtype, seconds=seconds, progress=progress)
+    if html is not None:
+        with explain_os_errors("write the page", html), atomic_file(html, "w") as file:
+            file.write(roofline.page(rows))
     if as_json:
-        json.dump(rows, sys.stdout, indent=2)
-        click.echo()
+        click.echo(json.dumps(rows, indent=2))
         return
-    for row in rows:
-        click.echo(roofline.describe(row))
+    click.echo(measured_table(roofline.HEADER, [roofline.describe(row) for row in rows]), nl=False)
 
 
 @command.command("loader")

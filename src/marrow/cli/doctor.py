@@ -1,9 +1,7 @@
 """`marrow doctor`: this machine, what it measures, and which kernels run on it."""
 
-import importlib
 import json
 import os
-import pkgutil
 import platform
 import shutil
 import tempfile
@@ -41,12 +39,10 @@ def examine() -> dict[str, Any]:
     """Look at the machine and measure it. Takes about 3 s, on an idle machine."""
     import torch
 
-    from marrow import kernels
-    from marrow.kernels import device, dispatch
+    from marrow.kernels import device, dispatch, roofline
 
     device.raise_malloc_thresholds()
-    for module in pkgutil.walk_packages(kernels.__path__, "marrow.kernels."):
-        importlib.import_module(module.name)
+    roofline.load_operators()
     dtype = device.choose_dtype()
     home = Path(os.environ.get("MARROW_HOME") or ".marrow").absolute()
     place = next(path for path in (home, *home.parents) if path.exists())
@@ -67,10 +63,7 @@ def examine() -> dict[str, Any]:
         "native": {path.stem: native.load(path) is not None for path in c_files()},
         "cuda": torch.cuda.is_available(),
         "store": {"home": str(home), "free_bytes": shutil.disk_usage(place).free},
-        "kernels": [
-            {"op": choice.op, "device": choice.device, "path": choice.path, "reason": choice.reason}
-            for choice in dispatch.choices()
-        ],
+        "kernels": [asdict(choice) for choice in dispatch.choices()],
     }
 
 
@@ -151,7 +144,7 @@ def sections(found: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
             "kernels",
             [
                 (
-                    f"{kernel['op']} on {kernel['device']}",
+                    f"{kernel['op']} on {kernel['device']} in {kernel['dtype']}",
                     kernel["path"] + (f" ({kernel['reason']})" if kernel["reason"] else ""),
                 )
                 for kernel in found["kernels"]

@@ -17,6 +17,7 @@ from marrow.core.page import Html, compact, details, figure, pixels, table, tag
 MAX_POINTS = 600  # per line; more cannot be seen at 1,000 pixels
 MAX_PARTS = 8  # of a stacked bar; the smallest are added up
 HEIGHT = 220  # of a line chart's plot, CSS pixels
+SCATTER_HEIGHT = 360
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,16 @@ class Bar:
     text: str = ""
     note: str = ""
     ours: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One point of a scatter chart, > 0 in both directions; `full` sets it apart from hollow ones."""
+
+    name: str
+    x: float
+    y: float
+    full: bool = False
 
 
 def line_chart(
@@ -116,6 +127,65 @@ def line_chart(
     )
     rows = [(one.name, x, y) for one, points in zip(series, good, strict=True) for x, y in _thin(points, 16)]
     numbers = details("Numbers", table(("line", x_label, y_label), rows))
+    return figure(
+        title, tag("p", tag("span", y_label, class_="axis"), *keys, class_="keys"), drawing, numbers
+    )
+
+
+def scatter_chart(
+    title: str, points: Sequence[Point], lines: Sequence[Series] = (), *, x_label: str, y_label: str
+) -> Html:
+    """Draw points over two logarithmic axes, each with its number in `points` from 1, and lines to judge by.
+
+    Returns: a figure, or nothing if no point can be drawn. What the numbers mean stands in the table behind
+    the chart; points that are not finite and positive are left out.
+    """
+    numbered = [(number, one) for number, one in enumerate(points, 1)]
+    shown = [(n, one) for n, one in numbered if _drawable(one.x, True) and _drawable(one.y, True)]
+    if not shown:
+        return Html("")
+    corners = [(one.x, one.y) for _, one in shown] + [corner for line in lines for corner in line.points]
+    x_axis, y_axis = (_Axis.over(min(side), max(side), log=True) for side in zip(*corners, strict=True))
+
+    def height(y: float) -> str:
+        return pixels((1 - y_axis.place(y)) * SCATTER_HEIGHT)
+
+    marks: list[Html] = []
+    for y in y_axis.ticks:
+        marks.append(tag("line", x1=0, x2="100%", y1=height(y), y2=height(y), class_="grid"))
+        marks.append(tag("text", compact(y), x=-8, y=height(y), dy=".32em", class_="end"))
+    for x in x_axis.ticks:
+        side = "start" if x_axis.place(x) < 0.04 else "end" if x_axis.place(x) > 0.96 else "middle"
+        at = _percent(x_axis.place(x))
+        marks.append(tag("text", compact(x), x=at, y=SCATTER_HEIGHT + 18, class_=side))
+    marks.append(tag("text", x_label, x="100%", y=SCATTER_HEIGHT + 36, class_="end"))
+    curves = [
+        tag("path", class_=f"line s{index % 4}", d=_path(line.points, x_axis, y_axis))
+        for index, line in enumerate(lines)
+    ]
+    size = {"width": "100%", "height": SCATTER_HEIGHT}
+    stretched = {"viewBox": "0 0 1000 1000", "preserveAspectRatio": "none", "overflow": "visible"}
+    marks.append(tag("svg", *curves, **size, **stretched))
+    for number, one in shown:
+        at, top = _percent(x_axis.place(one.x)), height(one.y)
+        told = tag("title", f"{number}: {one.name}: {compact(one.y)} at {x_label} {compact(one.x)}")
+        style = f"dot s0{' full' if one.full else ''}"
+        marks.append(tag("circle", told, cx=at, cy=top, r=3.5, class_=style))
+        marks.append(tag("text", str(number), x=at, y=top, dx=6, dy="-.3em", class_="start"))
+    keys = [_key(f"line s{index % 4}", line.name, "") for index, line in enumerate(lines)]
+    said = tag("desc", f"{y_label} over {x_label}: {len(shown)} points")
+    drawing = tag(
+        "svg",
+        tag("title", title),
+        said,
+        *marks,
+        role="img",
+        class_="plot",
+        width="100%",
+        height=SCATTER_HEIGHT + 44,
+    )
+    rows = [(number, one.name, one.x, one.y) for number, one in shown]
+    numbers = details("Numbers", table(("", "point", x_label, y_label), rows))
     return figure(
         title, tag("p", tag("span", y_label, class_="axis"), *keys, class_="keys"), drawing, numbers
     )

@@ -29,6 +29,7 @@ from marrow.core.hashes import hash_value
 CACHE_ENVIRONMENT = "MARROW_CACHE"
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-Wall", "-Werror=implicit")
 _NATIVE = ("-march=native", "-mprefer-vector-width=512")
+_THREADS = ("-fopenmp", "-Wl,--as-needed")  # needed: libgomp is loaded only with files that use it
 _TIMEOUT_S = 120.0
 _DIGEST_BYTES = 32
 
@@ -41,7 +42,7 @@ def load(source: Path) -> ctypes.CDLL | None:
     """
     compiler = find_compiler()
     if compiler is None:
-        _warn(source, "there is no C compiler", "install gcc or clang, or set CC")
+        _warn_of_missing_compiler()
         return None
     folder = cache_folder()
     library = folder / f"{source.stem}-{_key(source, compiler)}.so"
@@ -50,7 +51,12 @@ def load(source: Path) -> ctypes.CDLL | None:
             _compile(compiler, source, library)
         except (OSError, subprocess.SubprocessError) as error:
             said = getattr(error, "stderr", None) or str(error)
-            _warn(source, f"{compiler} failed: {said.strip()[:500]}", "set CC to another compiler")
+            warnings.warn(
+                f"{source.name} is not compiled: {compiler} failed: {said.strip()[:500]}; a slower path is used "
+                "(set CC to another compiler)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
             return None
     return ctypes.CDLL(str(library))
 
@@ -89,7 +95,8 @@ def _compile(compiler: str, source: Path, library: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="marrow-") as folder:
         made = Path(folder) / "library.so"
         last: subprocess.CalledProcessError | None = None
-        for extra in (_NATIVE, ("-march=native",), ()):  # not every compiler knows every CPU
+        # Not every compiler knows every CPU, or OpenMP.
+        for extra in ((*_NATIVE, *_THREADS), (*_NATIVE[:1], *_THREADS), _NATIVE[:1], ()):
             command = [compiler, *_FLAGS, *extra, "-o", str(made), str(source), "-lm", "-lpthread"]
             try:
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
@@ -113,10 +120,12 @@ def _is_whole(library: Path) -> bool:
 
 
 def _key(source: Path, compiler: str) -> str:
-    """Hash what the library depends on; headers must be the system's own."""
+    """Hash what the library depends on: the source, the headers beside it, the compiler, the CPU."""
     info = os.stat(compiler)
-    code = hashlib.sha256(source.read_bytes()).hexdigest()
-    return hash_value([code, compiler, info.st_size, info.st_mtime_ns, _FLAGS, _NATIVE, _cpu()])[:32]
+    files = [source, *sorted(source.parent.glob("*.h"))]
+    code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    made = [compiler, info.st_size, info.st_mtime_ns, _FLAGS, _NATIVE, _THREADS, _cpu()]
+    return hash_value([code, made])[:32]
 
 
 @cache
@@ -130,7 +139,10 @@ def _cpu() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
-def _warn(source: Path, why: str, hint: str) -> None:
+@cache  # once a process, not once a file
+def _warn_of_missing_compiler() -> None:
     warnings.warn(
-        f"{source.name} is not compiled: {why}; a slower path is used ({hint})", RuntimeWarning, stacklevel=3
+        "there is no C compiler: slower paths are used (install gcc or clang, or set CC)",
+        RuntimeWarning,
+        stacklevel=3,
     )

@@ -311,7 +311,7 @@ svg text{font-size:12px;fill:var(--muted)}
 .s3{stroke:var(--p3);stroke-dasharray:9 3 2 3}
 .reference{stroke:var(--muted);stroke-width:1.25}
 .r0{stroke-dasharray:5 4}.r1{stroke-dasharray:1.5 3}.r2{stroke-dasharray:10 3 2 3}
-.dot{fill:var(--paper);stroke-width:2;stroke-dasharray:none}.touch{fill:transparent}
+.dot{fill:var(--paper);stroke-width:2;stroke-dasharray:none}.full{fill:var(--p0)}.touch{fill:transparent}
 .bars,.parts{margin:0;padding:0;list-style:none}
 .bars li{display:flex;flex-wrap:wrap;align-items:baseline;gap:0 .75rem;margin-bottom:.875rem;
 font-size:.875rem}

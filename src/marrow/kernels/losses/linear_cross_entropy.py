@@ -7,13 +7,11 @@ Axes: N rows, M rows of a chunk, C channels, V vocabulary.
 Source: the chunked form of Hsu et al. 2024 (Liger Kernel), written anew.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from marrow.kernels import dispatch
+from marrow.kernels.dispatch import Example, Gradient, Operator
 
 IGNORE = -100
 # Logits in memory at once: 16 MiB of fp32.
@@ -31,76 +29,103 @@ def linear_cross_entropy(hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor
         have a target; int64 scalar, how many those are.
     Cost: 2 N C V FLOPs forward, 4 N C V for the gradients, made in forward.
     """
-    function = dispatch.choose("linear_cross_entropy", hidden_NC.device.type)
-    return function(hidden_NC, weight_VC, targets_N), (targets_N != IGNORE).sum()
+    learns = torch.is_grad_enabled()
+    flags = (learns and hidden_NC.requires_grad, learns and weight_VC.requires_grad)
+    return OPERATOR(hidden_NC, weight_VC, targets_N, *flags), (targets_N != IGNORE).sum()
 
 
-def linear_cross_entropy_reference(hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
+def linear_cross_entropy_reference(
+    hidden_NC: Tensor,
+    weight_VC: Tensor,
+    targets_N: Tensor,
+    needs_hidden: bool = True,
+    needs_weight: bool = True,
+) -> Tensor:
     """Compute the loss of `linear_cross_entropy` in plain torch, all logits at once."""
     wide = torch.promote_types(hidden_NC.dtype, torch.float32)
     logits_NV = F.linear(hidden_NC.to(wide), weight_VC.to(wide))
     return F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE, reduction="sum")
 
 
-def linear_cross_entropy_torch(hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
-    """Compute the loss of `linear_cross_entropy` in chunks."""
-    loss: Tensor = ChunkedLoss.apply(hidden_NC, weight_VC, targets_N)  # type: ignore[no-untyped-call]
-    return loss
+def forward_torch(
+    hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, needs_hidden: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Make the loss and both gradients, chunk by chunk."""
+    wide = torch.promote_types(hidden_NC.dtype, torch.float32)
+    rows = max(1, CHUNK_LOGITS // weight_VC.shape[0])
+    loss, hidden_grad_NC, weight_grad_VC = _empty(hidden_NC, weight_VC, targets_N, needs_hidden, needs_weight)
+    loss.zero_()
+    # Summed in fp32: in bf16 the sum over chunks would lose the small ones.
+    sum_VC = torch.zeros_like(weight_grad_VC, dtype=wide)
+    for start in range(0, len(hidden_NC), rows):
+        hidden_MC, targets_M = hidden_NC[start : start + rows], targets_N[start : start + rows]
+        # The scores become log probabilities and then, in place, the gradient.
+        scores_MV = torch.log_softmax(F.linear(hidden_MC, weight_VC), -1, dtype=wide)
+        valid_M1 = (targets_M != IGNORE)[:, None]
+        index_M1 = targets_M.clamp(min=0)[:, None]
+        loss -= scores_MV.gather(1, index_M1).masked_fill(~valid_M1, 0.0).sum()
+        if not (needs_hidden or needs_weight):
+            continue
+        scores_MV.exp_().scatter_add_(1, index_M1, torch.full_like(valid_M1, -1.0, dtype=wide))
+        grad_MV = scores_MV.to(hidden_NC.dtype)
+        # Rows without a target are taken out where they are narrow.
+        if needs_hidden:
+            hidden_grad_NC[start : start + rows] = (grad_MV @ weight_VC).masked_fill_(~valid_M1, 0.0)
+        if needs_weight:
+            sum_VC += grad_MV.T @ hidden_MC.masked_fill(~valid_M1, 0.0)
+    return loss, hidden_grad_NC, weight_grad_VC.copy_(sum_VC)
 
 
-class ChunkedLoss(torch.autograd.Function):
-    """Forward makes the loss and both gradients; backward only scales them."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
-        """Return the summed loss."""
-        wide = torch.promote_types(hidden_NC.dtype, torch.float32)
-        need_hidden, need_weight, _ = ctx.needs_input_grad
-        rows = max(1, CHUNK_LOGITS // weight_VC.shape[0])
-        loss = torch.zeros((), dtype=wide, device=hidden_NC.device)
-        hidden_grads: list[Tensor] = []
-        # Summed in fp32: in bf16 the sum over chunks would lose the small ones.
-        weight_grad_VC = (
-            torch.zeros(weight_VC.shape, dtype=wide, device=weight_VC.device) if need_weight else None
-        )
-        for hidden_MC, targets_M in zip(
-            torch.split(hidden_NC, rows), torch.split(targets_N, rows), strict=True
-        ):
-            # The scores become log probabilities and then, in place, the gradient.
-            scores_MV = torch.log_softmax(F.linear(hidden_MC, weight_VC), -1, dtype=wide)
-            valid_M1 = (targets_M != IGNORE)[:, None]
-            index_M1 = targets_M.clamp(min=0)[:, None]
-            loss = loss - scores_MV.gather(1, index_M1).masked_fill(~valid_M1, 0.0).sum()
-            if not (need_hidden or need_weight):
-                continue
-            scores_MV.exp_().scatter_add_(1, index_M1, torch.full_like(valid_M1, -1.0, dtype=wide))
-            grad_MV = scores_MV.to(hidden_NC.dtype)
-            # Rows without a target are taken out where they are narrow.
-            if need_hidden:
-                hidden_grads.append((grad_MV @ weight_VC).masked_fill_(~valid_M1, 0.0))
-            if weight_grad_VC is not None:
-                weight_grad_VC += grad_MV.T @ hidden_MC.masked_fill(~valid_M1, 0.0)
-        ctx.hidden_grad_NC = torch.cat(hidden_grads) if need_hidden else None
-        ctx.weight_grad_VC = weight_grad_VC.to(weight_VC.dtype) if weight_grad_VC is not None else None
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:
-        """Scale the stored gradients by the loss's own."""
-        (grad,) = grads
-        hidden, weight = ctx.hidden_grad_NC, ctx.weight_grad_VC
-        return (
-            None if hidden is None else hidden * grad.to(hidden.dtype),
-            None if weight is None else weight * grad.to(weight.dtype),
-            None,
-        )
+def backward(loss_grad: Tensor, hidden_grad_NC: Tensor, weight_grad_VC: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale the gradients that forward made by the loss's own."""
+    return (
+        hidden_grad_NC * loss_grad.to(hidden_grad_NC.dtype),
+        weight_grad_VC * loss_grad.to(weight_grad_VC.dtype),
+    )
 
 
-def cost(num_rows: int, num_channels: int, vocab_size: int, dtype_bytes: int) -> dict[str, Any]:
+def cost(num_rows: int, num_channels: int, vocab_size: int, dtype_bytes: int) -> dict[str, float]:
     """Return the bytes moved and FLOPs done by forward and gradients."""
     weights, hidden = vocab_size * num_channels, num_rows * num_channels
     return {"bytes": 3 * (weights + hidden) * dtype_bytes, "flops": 6 * num_rows * weights}
 
 
-dispatch.register("linear_cross_entropy", "reference", linear_cross_entropy_reference)
-dispatch.register("linear_cross_entropy", "torch", linear_cross_entropy_torch)
+def _empty(
+    hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, needs_hidden: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the loss and the gradients that are needed."""
+    wide = torch.promote_types(hidden_NC.dtype, torch.float32)
+    return (
+        hidden_NC.new_empty((), dtype=wide),
+        hidden_NC.new_empty(hidden_NC.shape if needs_hidden else (0,)),
+        weight_VC.new_empty(weight_VC.shape if needs_weight else (0,)),
+    )
+
+
+def _empty_gradients(
+    loss_grad: Tensor, hidden_grad_NC: Tensor, weight_grad_VC: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(hidden_grad_NC), torch.empty_like(weight_grad_VC)
+
+
+def _examples(dtype: torch.dtype, device: str) -> list[Example]:
+    """Heads of small models."""
+    examples = []
+    for rows, channels, vocab in ((2048, 192, 2048), (8192, 256, 4096)):
+        hidden_NC = torch.randn(rows, channels, device=device, dtype=dtype)
+        weight_VC = torch.randn(vocab, channels, device=device, dtype=dtype)
+        targets_N = torch.randint(0, vocab, (rows,), device=device)
+        work = cost(rows, channels, vocab, dtype.itemsize)
+        inputs = (hidden_NC, weight_VC, targets_N, True, True)
+        examples.append(Example(f"{rows}x{channels}x{vocab}", inputs, work["bytes"], work["flops"]))
+    return examples
+
+
+OPERATOR = Operator(
+    "linear_cross_entropy",
+    linear_cross_entropy_reference,
+    fake=_empty,
+    gradient=Gradient(inputs=(0, 1), saves=lambda inputs, outputs: outputs[1:], fake=_empty_gradients),
+    examples=_examples,
+)
+OPERATOR.add("torch", forward_torch, backward)

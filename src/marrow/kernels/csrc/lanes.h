@@ -1,0 +1,141 @@
+/* Sixteen fp32 numbers at a time, in GCC's vector extensions: any CPU, one register with AVX-512.
+ *
+ * Operators compute in fp32 and keep fp32 or bf16 in memory: load() and store() take the type as a flag that
+ * is constant where they are inlined. A row's rest of fewer than 16 goes through load_part() and store_part().
+ */
+#ifndef LANES_H
+#define LANES_H
+
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define LANES 16
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float lanes __attribute__((vector_size(64)));
+typedef int32_t lanes_i32 __attribute__((vector_size(64)));
+typedef uint32_t lanes_u32 __attribute__((vector_size(64)));
+typedef uint16_t lanes_u16 __attribute__((vector_size(32)));
+
+enum { F32 = 0, BF16 = 1 }; /* of memory */
+
+/* Where element `at` of a tensor lies. */
+INLINE const void *elements(const void *start, long at, int type) {
+    return (const char *)start + at * (type == BF16 ? 2 : 4);
+}
+
+INLINE lanes all(float x) { return (lanes){0} + x; }
+
+INLINE float bf16_to_float(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+INLINE lanes widen(lanes_u16 half) {
+    lanes_u32 bits = __builtin_convertvector(half, lanes_u32) << 16;
+    return (lanes)bits;
+}
+
+/* To bf16, ties to even; a NaN stays one. */
+INLINE lanes_u16 narrow(lanes x) {
+#ifdef __AVX512BF16__
+    return (lanes_u16)_mm512_cvtneps_pbh((__m512)x);
+#else
+    lanes_u32 bits = (lanes_u32)x;
+    lanes_u32 rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    lanes_u32 is_nan = (lanes_u32)(x != x);
+    return __builtin_convertvector((rounded & ~is_nan) | ((bits >> 16 | 0x40) & is_nan), lanes_u16);
+#endif
+}
+
+INLINE lanes load(const void *from, long at, int type) {
+    if (type == BF16) {
+        lanes_u16 half;
+        memcpy(&half, (const uint16_t *)from + at, sizeof half);
+        return widen(half);
+    }
+    lanes x;
+    memcpy(&x, (const float *)from + at, sizeof x);
+    return x;
+}
+
+INLINE void store(void *to, long at, lanes x, int type) {
+    if (type == BF16) {
+        lanes_u16 half = narrow(x);
+        memcpy((uint16_t *)to + at, &half, sizeof half);
+    } else {
+        memcpy((float *)to + at, &x, sizeof x);
+    }
+}
+
+/* The first `count` of 16; the others are 0. */
+INLINE lanes load_part(const void *from, long at, long count, int type) {
+    if (type == BF16) {
+        uint16_t half[LANES] = {0};
+        memcpy(half, (const uint16_t *)from + at, count * 2);
+        return load(half, 0, BF16);
+    }
+    float x[LANES] = {0};
+    memcpy(x, (const float *)from + at, count * 4);
+    return load(x, 0, F32);
+}
+
+INLINE void store_part(void *to, long at, long count, lanes x, int type) {
+    if (type == BF16) {
+        uint16_t half[LANES];
+        store(half, 0, x, BF16);
+        memcpy((uint16_t *)to + at, half, count * 2);
+    } else {
+        memcpy((float *)to + at, &x, count * 4);
+    }
+}
+
+INLINE lanes blend(lanes_i32 mask, lanes yes, lanes no) {
+    return (lanes)(((lanes_i32)yes & mask) | ((lanes_i32)no & ~mask));
+}
+
+INLINE lanes larger(lanes a, lanes b) { return blend((lanes_i32)(a > b), a, b); }
+
+INLINE float sum_of(lanes x) {
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += x[i];
+    return sum;
+}
+
+INLINE float largest_of(lanes x) {
+    float most = x[0];
+    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+/* e^x to 1 ulp or so: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial of degree 6 in r, times 2^n.
+ * 0 below -87.34 (no subnormal results), infinite above 88.72, NaN for NaN. */
+INLINE lanes exp_of(lanes x) {
+    const float most = 88.72284f, least = -87.33655f;
+    lanes clipped = blend((lanes_i32)(x > most), all(most), x);
+    clipped = blend((lanes_i32)(x < least), all(least), clipped);
+    lanes shifted = clipped * 1.44269504f + 12582912.0f; /* 1.5 x 2^23: adding it rounds */
+    lanes n = shifted - 12582912.0f;
+    lanes r = clipped - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    lanes p = all(1.3888889e-3f);
+    p = p * r + 8.3333333e-3f;
+    p = p * r + 4.1666667e-2f;
+    p = p * r + 1.6666667e-1f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    lanes_i32 power = __builtin_convertvector(n, lanes_i32);
+    /* in two halves, for 2^128 has no float of its own */
+    lanes_i32 half = power >> 1;
+    lanes result = p * (lanes)((half + 127) << 23) * (lanes)((power - half + 127) << 23);
+    result = blend((lanes_i32)(x < least), all(0), result);
+    return blend((lanes_i32)(x > most), all(__builtin_inff()), result);
+}
+
+#endif

@@ -1,0 +1,103 @@
+"""rms_norm: every path against fp64 and plain torch, values and gradients."""
+
+import hypothesis
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import settings
+from hypothesis import strategies as st
+from operator_checks import check_budget, check_node, rounded, run, usable
+
+from marrow.kernels.norms.rms_norm import OPERATOR, rms_norm
+
+PATHS = usable(OPERATOR)
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def inputs(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, float]:
+    return rounded(rows, columns, seed=seed, scale=3.0), rounded(columns, seed=seed + 1), 1e-5
+
+
+def largest_terms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[float, float]:
+    """dx = scale (g - n mean(g n)) cancels where a row has few columns: bound scale and g."""
+    scale = torch.rsqrt(x.square().mean(-1) + eps).max()
+    return 0.0, float(scale * weight.abs().max() * 4)  # a normal gradient is below 4 or so
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 1), (1, 2), (3, 13), (5, 64), (4, 127), (2, 128), (3, 129)]
+)
+def test_values_and_gradients_stay_within_the_error_budget(path, dtype, rows, columns):
+    given = inputs(rows, columns)
+    check_budget(OPERATOR, path, given, dtype, terms=largest_terms(*given))
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=25)
+@hypothesis.given(rows=st.integers(1, 40), columns=st.integers(1, 300), seed=st.integers(0, 2**31))
+def test_any_shape_stays_within_the_error_budget(path, dtype, rows, columns, seed):
+    given = inputs(rows, columns, seed)
+    check_budget(OPERATOR, path, given, dtype, terms=largest_terms(*given))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_row_that_is_not_finite_spoils_no_other(path):
+    x, weight, eps = inputs(4, 33)
+    x[1, 3], x[2, 0] = float("nan"), float("inf")
+    y = run(OPERATOR, path, (x, weight, eps), torch.float32)[0]
+    assert y[1].isnan().all()
+    assert y[2, 0].isnan()  # infinity times a scale of 0
+    assert (y[2, 1:] == 0).all()
+    assert y[[0, 3]].isfinite().all()
+    check_budget(OPERATOR, path, (x[[0, 3]], weight, eps), torch.float32)
+
+
+def test_a_gradient_is_that_of_finite_differences():
+    x, weight, eps = inputs(3, 4)
+    arguments = x.requires_grad_(), weight.requires_grad_(), eps
+    assert torch.autograd.gradcheck(lambda *given: OPERATOR.run("reference", *given), arguments)
+
+
+@pytest.mark.parametrize("path", PATHS[1:])  # torch sums in another order where strides differ
+def test_views_leading_axes_and_empty_inputs_work(path):
+    x, weight, eps = inputs(12, 24)
+    given = x.float().view(2, 6, 24)[:, ::2], weight.float()[::1], eps
+    expected = OPERATOR.run(path, given[0].contiguous(), *given[1:])
+    assert torch.equal(OPERATOR.run(path, *given), expected)
+    turned = x.float().T  # 24 rows of 12, not contiguous
+    twelve = weight[:12].float()
+    assert torch.equal(
+        OPERATOR.run(path, turned, twelve, eps), OPERATOR.run(path, turned.contiguous(), twelve, eps)
+    )
+    assert OPERATOR.run(path, x[:0].float(), weight.float(), eps).shape == (0, 24)
+
+
+def test_threads_change_nothing():
+    x, weight, eps = (given.float() if isinstance(given, torch.Tensor) else given for given in inputs(33, 70))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = OPERATOR.run("cpu", x, weight, eps)
+        torch.set_num_threads(2)
+        assert torch.equal(OPERATOR.run("cpu", x, weight, eps), one)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_statistics_do_not_overflow_half_precision():
+    x = torch.full((2, 8), 3e4, dtype=torch.bfloat16)
+    assert torch.equal(rms_norm(x, torch.ones(8, dtype=torch.bfloat16), 1e-5), torch.ones_like(x))
+
+
+def test_it_is_torch_s_own():
+    x, weight = torch.randn(5, 64), torch.randn(64)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-6), F.rms_norm(x, (64,), weight, 1e-6))
+
+
+@pytest.mark.slow
+def test_it_is_one_node_of_a_graph():
+    x, weight, eps = inputs(5, 8)
+    check_node(OPERATOR, (x.float().requires_grad_(), weight.float().requires_grad_(), eps))
