@@ -18,6 +18,7 @@ IN_PROCESS = {
     "train_step",
     "tokenise",
     "stream",
+    "kernels",
 }  # the rest find their peers among the test dependencies
 SAME_PEERS = {"resume": "loader"}
 

@@ -107,6 +107,15 @@ def test_training_does_not_depend_on_serving_nor_on_how_rows_were_read() -> None
     }  # a row's check
 
 
+def test_a_step_depends_on_the_c_files_of_its_operators_and_their_headers() -> None:
+    """C files stand in `csrc` beside a module, or beside the folder of its group."""
+    found = closure("marrow.train.loop")
+    assert {"kernels/csrc/rms_norm.c", "kernels/csrc/lanes.h", "kernels/csrc/gather_rows.c"} <= found
+    assert "kernels/csrc/minhash.c" not in found
+    assert "kernels/csrc/minhash.c" in closure("marrow.data.clean")
+    assert "text/csrc/bpe.c" in closure("marrow.data.shards")
+
+
 def test_the_serve_step_depends_on_the_server_that_its_child_runs() -> None:
     assert "serve/engine.py" not in closure("marrow.data.split")
     found = closure("marrow.cli.trial")

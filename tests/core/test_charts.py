@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marrow.core import charts
-from marrow.core.charts import Bar, Series, bar_chart, line_chart, stacked_bar
+from marrow.core.charts import Bar, Point, Series, bar_chart, line_chart, scatter_chart, stacked_bar
 from marrow.core.page import Page
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -164,6 +164,43 @@ def test_small_parts_are_added_up_not_dropped() -> None:
     assert len(parts_of(markup)) == charts.MAX_PARTS
 
 
+# ---------------------------------------------------------------- points
+
+
+def scatter(*points: Point, lines: tuple[Series, ...] = ()) -> str:
+    return scatter_chart("title", points, lines, x_label="intensity", y_label="rate")
+
+
+def circles(markup: str) -> list[tuple[str, str]]:
+    return re.findall(r'<circle cx="([\d.]+)%" cy="([\d.]+)"', markup)
+
+
+def test_points_stand_at_the_powers_of_their_numbers() -> None:
+    found = circles(scatter(Point("a", 1, 1), Point("b", 10, 10), Point("c", 100, 100)))
+    assert [(float(x), float(y)) for x, y in found] == [(0, 360), (50, 180), (100, 0)]
+
+
+def test_lines_of_a_scatter_chart_share_its_axes() -> None:
+    line = Series("roof", [(1, 1), (100, 100)])
+    markup = scatter(Point("a", 10, 1), lines=(line,))
+    assert curves(markup) == [[[(0, 1000), (1000, 0)]]]
+    assert circles(markup) == [("50", "360")]
+
+
+def test_a_point_that_no_logarithm_takes_is_left_out_and_the_others_keep_their_numbers() -> None:
+    markup = scatter(Point("zero", 0, 1), Point("nan", 1, float("nan")), Point("good", 2, 3))
+    assert len(circles(markup)) == 1
+    assert "3: good: 3 at intensity 2" in markup
+    assert scatter(Point("zero", 0, 1)) == ""
+
+
+def test_full_points_are_told_apart_and_numbered_first() -> None:
+    """Two points at one place have room for one number: that of the full one."""
+    markup = scatter(Point("a", 1, 1), Point("b", 1, 1, full=True), Point("c", 1000, 1000))
+    assert markup.count('class="dot s0 full"') == 1
+    assert re.findall(r">(\d+)</text>", markup.split("<circle", 1)[1]) == ["2", "3"]
+
+
 # ---------------------------------------------------------------- every chart
 
 
@@ -180,6 +217,8 @@ def every(tmp_path: Path) -> Path:
         chart(Series("log", [(i, 10.0**i) for i in range(-4, 9)]), log_y=True),
         chart(Series("point", [(3, 3)])),
     )
+    crowd = [Point(f"point {i}", 2.0**i, 3.0 ** (i % 7), i % 2 == 0) for i in range(24)]
+    page.section("Points", scatter(*crowd, *crowd, lines=(Series("roof", [(1, 1), (1e7, 1e4)]),)))
     page.section(
         "Bars",
         bar_chart(

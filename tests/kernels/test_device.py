@@ -1,4 +1,3 @@
-import json
 import os
 import subprocess
 import sys
@@ -6,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from marrow.kernels import device, roofline
+from marrow.kernels import device
 
 
 def test_facts_describe_this_machine():
@@ -92,18 +91,3 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     if faults[0] < 1000:
         pytest.skip("the C library here keeps freed memory by itself")
     assert faults[1] * 10 < faults[0]
-
-
-@pytest.mark.slow
-def test_the_roofline_has_a_row_for_every_path_of_every_op():
-    rows = roofline.measure(seconds=0.002, scale=0.05)
-    assert [(row["op"], row["path"]) for row in rows] == roofline.known()
-    for row in rows:
-        assert row["microseconds"] > 0 and row["gflops"] > 0 and row["gbytes_per_s"] > 0
-        memory = row["gbytes_per_s"] / row["peak_gbytes_per_s"]
-        compute = row["gflops"] / row["peak_gflops"]
-        # The nearer roof is the one that bounds.
-        assert row["share_of_peak"] == pytest.approx(max(memory, compute))
-        assert row["bound"] == ("memory" if memory > compute else "compute")
-        assert f"{row['op']}" in roofline.describe(row)
-        assert json.dumps(row)

@@ -4,7 +4,9 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
+import fsdp_job
 import pytest
 import torch
 from torch import Tensor
@@ -157,6 +159,26 @@ def test_backward_follows_the_path_of_forward_and_keeps_what_it_said(scale, reco
     assert recorder.calls == ["torch forward", "torch backward"]
 
 
+def test_inputs_that_share_a_gradient_get_it_from_one_output(recorder):
+    def fake_sum(x: Tensor, y: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    def fake_sum_gradient(dy: Tensor) -> Tensor:
+        return torch.empty_like(dy)
+
+    gradient = Gradient(inputs=((0, 1),), saves=lambda i, o: (), fake=fake_sum_gradient)
+    operator = Operator("sum_of_two", torch.add, fake=fake_sum, gradient=gradient)
+    try:
+        operator.add("torch", torch.add, lambda dy: 2 * dy)
+        x, y = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+        for result in (operator(x, y), torch.ops.marrow.sum_of_two(x, y)):
+            dx, dy = torch.autograd.grad(result.sum(), (x, y))
+            assert torch.equal(dx, torch.full((2,), 2.0))
+            assert torch.equal(dy, dx)
+    finally:
+        del dispatch._operators["sum_of_two"]
+
+
 def test_no_gradient_is_prepared_where_none_is_needed(scale):
     x = torch.randn(3, requires_grad=True)
     with torch.no_grad():
@@ -231,3 +253,20 @@ def test_the_environment_decides_in_a_fresh_process():
         check=True,
     )
     assert run.stdout.strip() == "{'reference'}"
+
+
+@pytest.mark.slow
+def test_a_decoder_sharded_by_fsdp2_has_the_gradients_of_a_whole_one(tmp_path):
+    job = Path(fsdp_job.__file__)
+    result = tmp_path / "result"
+    jobs = [
+        subprocess.Popen([sys.executable, job, str(rank), "2", str(tmp_path / "store"), str(result)])
+        for rank in range(2)
+    ]
+    try:
+        assert [process.wait(timeout=120) for process in jobs] == [0, 0]
+    finally:
+        for process in jobs:
+            process.kill()
+            process.wait()
+    assert float(result.read_text()) < 1e-5  # fp32; halves are averaged in another order

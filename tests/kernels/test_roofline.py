@@ -1,108 +1,124 @@
 """How near to the machine's limits: rows that agree with their own parts, at any shape and type."""
 
 import json
+import re
+from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
+from marrow.core.errors import UsageError
 from marrow.kernels import dispatch, roofline
-from marrow.kernels.roofline import OPS, describe, known, measure
+from marrow.kernels.dispatch import Case, Example, Operator
+from marrow.kernels.roofline import describe, load_operators, measure, page, usable
 
-FIGURES = ("microseconds", "gbytes_per_s", "gflops", "peak_gbytes_per_s", "peak_gflops", "share_of_peak")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+CASE = Case("cpu", torch.float32)
+FIGURES = ("microseconds", "gbytes_per_s", "gflops", "flops_per_byte", "peak_gbytes_per_s", "peak_gflops")
+ROWS, HUGE = 64, 1e15
 
 
-def measured(dtype: torch.dtype = torch.float32) -> list[dict[str, object]]:
-    """As small as it gets: one row of 512 tokens, each path timed for about a millisecond."""
-    return measure(dtype=dtype, seconds=1e-4, scale=0.01)
+def _doubled(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
-def test_every_op_is_known_with_its_reference_first() -> None:
-    found = known()
-    assert list(dict.fromkeys(op for op, _ in found)) == list(OPS)
-    assert len(found) == len(set(found))
-    for op in OPS:
-        assert (op, "reference") in found, "what everything is compared to runs everywhere"
-        assert all("cpu" in dispatch.paths(op)[name].devices for one, name in found if one == op)
+def _examples(dtype: torch.dtype, device: str) -> list[Example]:
+    if dtype == torch.float16:
+        return []
+    x = torch.randn(ROWS, ROWS, device=device, dtype=dtype)
+    small = Example("64x64", (x,), 2.0 * x.numel() * dtype.itemsize, 1.0 * x.numel())
+    return [small, Example("pretends to be huge", (x,), HUGE, HUGE)]
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict[str, object]]:
+def doubled() -> Iterator[Operator]:
+    """An operator of two paths that run, one that does not, and an example that would take a day."""
+    operator = Operator("roofline_doubled", lambda x: x + x, fake=_doubled, examples=_examples)
+    operator.add("torch", lambda x: 2 * x)
+    operator.add("cpu", lambda x: 2 * x, unusable=lambda: "there is no compiler")
+    yield operator
+    del dispatch._operators["roofline_doubled"]
+
+
+@pytest.fixture(scope="module")
+def rows(doubled: Operator) -> list[dict[str, object]]:
     torch.set_num_threads(1)
-    return measured()
+    return measure({"doubled": doubled}, seconds=1e-3)
 
 
-def test_there_is_one_row_for_each_path_in_order_and_json_holds_it(rows: list[dict[str, object]]) -> None:
-    assert [(row["op"], row["path"]) for row in rows] == known()
+def test_every_operator_of_the_package_is_loaded_in_order_of_names() -> None:
+    found = load_operators()
+    assert list(found) == sorted(found)
+    assert "rms_norm" in found
+    assert list(load_operators(["rms_norm"])) == ["rms_norm"]
+
+
+def test_an_unknown_operator_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="no operator 'rms_nrom'") as caught:
+        load_operators(["rms_nrom"])
+    assert "rms_norm" in str(caught.value.hint)
+
+
+def test_only_paths_that_run_are_measured_the_reference_among_them(
+    doubled: Operator, rows: list[dict[str, object]]
+) -> None:
+    assert usable(doubled, CASE) == ["torch", "reference"]
+    assert [(row["op"], row["path"], row["is_chosen"]) for row in rows] == [
+        ("roofline_doubled", "torch", True),
+        ("roofline_doubled", "reference", False),
+    ]
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+
+
+def test_examples_that_take_too_long_even_at_the_roof_are_left_out(
+    doubled: Operator, rows: list[dict[str, object]]
+) -> None:
+    assert {row["shape"] for row in rows} == {"64x64"}
+    kept = roofline._affordable(doubled.examples(torch.float32, "cpu")[1:], 1.0, 1.0)
+    assert [one.label for one in kept] == ["pretends to be huge"], "the smallest stays, whatever it costs"
+
+
+def test_an_operator_without_an_example_has_no_row(doubled: Operator) -> None:
+    assert measure({"doubled": doubled}, dtype=torch.float16, seconds=1e-3) == []
 
 
 def test_figures_are_positive_and_agree_with_each_other(rows: list[dict[str, object]]) -> None:
     for row in rows:
-        figures = {name: row[name] for name in FIGURES}
-        assert all(isinstance(value, float) and value > 0 for value in figures.values()), row
+        assert all(isinstance(row[name], float) and row[name] > 0 for name in FIGURES), row  # type: ignore[operator]
         memory = row["gbytes_per_s"] / row["peak_gbytes_per_s"]  # type: ignore[operator]
         compute = row["gflops"] / row["peak_gflops"]  # type: ignore[operator]
         assert row["share_of_peak"] == max(memory, compute)
         assert row["bound"] == ("memory" if memory > compute else "compute")
+        moved = row["gbytes_per_s"] * row["microseconds"]  # type: ignore[operator]
+        assert moved == pytest.approx(8 * ROWS**2 / 1e3)  # 1 GB/s for 1 us is 1 kB
     assert len({row["peak_gflops"] for row in rows}) == 1, "measured once"
 
 
-def test_paths_of_one_op_do_the_same_work(rows: list[dict[str, object]]) -> None:
-    for op in OPS:
-        mine = [row for row in rows if row["op"] == op]
-        assert len({row["shape"] for row in mine}) == 1
-        # bytes = rate times time, and likewise FLOPs; rounding of three floats apart, they are equal.
-        for rate in ("gbytes_per_s", "gflops"):
-            work = [row[rate] * row["microseconds"] for row in mine]  # type: ignore[operator]
-            assert work == pytest.approx([work[0]] * len(work), rel=1e-9)
+def test_measuring_leaves_the_random_numbers_of_the_caller_alone(doubled: Operator) -> None:
+    torch.manual_seed(7)
+    expected = torch.randn(3)
+    torch.manual_seed(7)
+    measure({"doubled": doubled}, seconds=1e-3)
+    assert torch.equal(torch.randn(3), expected)
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_each_path_gives_what_the_reference_gives_at_the_shapes_measured(op: str, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    (arguments, cost) = roofline._CASES[op](dtype, "cpu", 0.01)
-    assert cost["bytes"] > 0 and cost["flops"] > 0
-    with torch.inference_mode():
-        expected = dispatch.paths(op)["reference"].function(*arguments)
-        for _, name in (one for one in known() if one[0] == op):
-            found = dispatch.paths(op)[name].function(*arguments)
-            for ours, theirs in zip(_tensors(found), _tensors(expected), strict=True):
-                # Another order of sums: some units in the last place of values of about 1.
-                bound = 1e-4 if dtype == torch.float32 else 0.1
-                torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound)
+def test_a_row_is_told_with_units_and_a_star_on_the_path_that_is_taken(rows: list[dict[str, object]]) -> None:
+    told = [describe(row) for row in rows]
+    assert {len(cells) for cells in told} == {len(roofline.HEADER)}
+    assert [cells[1] for cells in told] == ["torch*", "reference"]
+    assert told[0][4].endswith(" us") and told[0][7].endswith("%")
 
 
-def _tensors(value: object) -> list[torch.Tensor]:
-    return [value] if isinstance(value, torch.Tensor) else [one for one in value if torch.is_tensor(one)]  # type: ignore[attr-defined]
+def test_the_page_has_a_point_for_every_row_and_both_roofs(rows: list[dict[str, object]]) -> None:
+    other = [row | {"dtype": "bfloat16"} for row in rows]
+    markup = page([*rows, *other])
+    assert markup.count("<circle") == len(rows) * 2
+    assert markup.count("GFLOP/s</text>") == 0
+    for name in ("float32", "bfloat16", "memory, ", "compute, ", "roofline_doubled reference 64x64"):
+        assert name in markup
+    assert not re.search(r"https?://|<script", markup), "self-contained"
+    assert page([*rows, *other]) == markup
 
 
-@pytest.mark.parametrize(("scale", "tokens"), [(1 / 16, 512), (1 / 8, 1024), (0.0, 512), (0.2, 1536)])
-def test_the_scale_is_of_the_tokens(scale: float, tokens: int) -> None:
-    for op in ("rms_norm", "rope", "swiglu", "attention", "linear_cross_entropy"):
-        (first, *_), _ = roofline._CASES[op](torch.float32, "cpu", scale)
-        assert len(first) == tokens, op
-    (query, *_), _ = roofline._CASES["paged_attention"](torch.float32, "cpu", scale)
-    assert len(query) == tokens // roofline.ROW_TOKENS, "one query for each sequence of that length"
-
-
-def test_a_row_is_told_in_one_line() -> None:
-    row = {
-        "op": "rms_norm", "path": "reference", "dtype": "float32", "microseconds": 1234.5,
-        "gbytes_per_s": 6.789, "gflops": 1.25, "bound": "memory", "share_of_peak": 0.456,
-    }  # fmt: skip
-    assert describe(row).split() == [
-        *("rms_norm", "reference", "float32", "1,234", "us", "6.79", "GB/s"),
-        *("1.2", "GFLOP/s", "46%", "of", "memory", "peak"),
-    ]
-
-
-def test_bfloat16_is_measured_by_its_own_peak() -> None:
-    found = measured(torch.bfloat16)
-    assert {row["dtype"] for row in found} == {"bfloat16"}
-    assert [(row["op"], row["path"]) for row in found] == known()
+def test_a_page_of_nothing_is_a_page() -> None:
+    assert "<h1>Roofline</h1>" in page([])

@@ -35,7 +35,7 @@ def run(
 
     The gradients of the results are drawn from `seed`.
     """
-    places = operator.gradient.inputs if operator.gradient else ()
+    places = operator.gradient.numbers if operator.gradient else ()
     given = [x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float64 else x for x in inputs]
     for place in places:
         if isinstance(given[place], Tensor):

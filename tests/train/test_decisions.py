@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from marrow.core.errors import SourceError, TrainError
-from marrow.kernels import device
+from marrow.kernels import device, dispatch
+from marrow.kernels.norms import rms_norm as rms_norm
 from marrow.train import decisions as module
 from marrow.train.config import TrainRecipe
 from marrow.train.decisions import COMPILE_PAYS_STEPS, DTYPES, FILE_NAME, Decisions, decide, torch_threads
@@ -37,12 +38,27 @@ def recipe() -> TrainRecipe:
 
 def test_decisions_are_made_once_and_kept(measured, recipe: TrainRecipe, tmp_path: Path) -> None:
     first = decide(recipe, "run", tmp_path)
-    assert first == Decisions("float32", 1, False, 40e9)
+    assert first == Decisions("float32", 1, False, 40e9, dispatch.chosen("cpu", torch.float32))
     assert first.torch_dtype is torch.float32
     assert decide(recipe, "run", tmp_path) == first
     assert len(measured) == 1, "a resumed run measures nothing"
     kept = json.loads((tmp_path / FILE_NAME).read_text(encoding="utf-8"))
     assert (kept["identity"], kept["torch"]) == ("run", torch.__version__)
+
+
+def test_a_resume_says_which_kernels_are_others_than_at_the_start(
+    measured, recipe: TrainRecipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = decide(recipe, "run", tmp_path)
+    assert first.kernels["rms_norm"] == "cpu"
+    assert decide(recipe, "run", tmp_path) == first
+    assert not caplog.messages
+    dispatch.reset("reference")
+    try:
+        assert decide(recipe, "run", tmp_path) == first
+    finally:
+        dispatch.reset()
+    assert "rms_norm: cpu, now reference" in caplog.text
 
 
 def test_a_new_run_takes_nothing_of_the_old_one(measured, recipe: TrainRecipe, tmp_path: Path) -> None:

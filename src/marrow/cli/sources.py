@@ -6,6 +6,7 @@ carries results and talks about them but makes none; all but its pages, which ar
 """
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -29,8 +30,20 @@ def source_files(*modules: str) -> tuple[Path, ...]:
             found.add(module)
             waiting += imports_of(module)
     paths = {file_of(module) for module in found}
-    beside = {c_file for path in paths if path for c_file in path.parent.glob(f"csrc/{path.stem}.[ch]")}
-    return tuple(sorted({path for path in paths if path} | beside))
+    native = {c_file for path in paths if path for c_file in c_files(path)}
+    return tuple(sorted({path for path in paths if path} | native))
+
+
+@cache
+def c_files(path: Path) -> tuple[Path, ...]:
+    """Return the C file of a module (the same name in `csrc`, beside it or above) and its headers."""
+    found = [folder / "csrc" / f"{path.stem}.c" for folder in (path.parent, path.parent.parent)]
+    sources = [c_file for c_file in found if c_file.is_file()]
+    for source in sources:
+        for name in re.findall(r'^#include "(.+)"', source.read_text(encoding="utf-8"), re.MULTILINE):
+            if (header := source.parent / name) not in sources:
+                sources.append(header)
+    return tuple(sources)
 
 
 @cache

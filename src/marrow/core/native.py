@@ -52,8 +52,8 @@ def load(source: Path) -> ctypes.CDLL | None:
         except (OSError, subprocess.SubprocessError) as error:
             said = getattr(error, "stderr", None) or str(error)
             warnings.warn(
-                f"{source.name} is not compiled: {compiler} failed: {said.strip()[:500]}; a slower path is used "
-                "(set CC to another compiler)",
+                f"{source.name} is not compiled: {compiler} failed: {said.strip()[:500]}; "
+                "a slower path is used (set CC to another compiler)",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -33,7 +33,7 @@ LISTED_DTYPES = (torch.bfloat16, torch.float32)
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
-_library = torch.library.Library("marrow", "FRAGMENT")
+_library: Any = torch.library.Library("marrow", "FRAGMENT")  # type: ignore[no-untyped-call]
 _operators: dict[str, "Operator"] = {}
 _mode: str | None = None
 
@@ -90,14 +90,25 @@ class _Found(NamedTuple):
 class Gradient:
     """How an operator is differentiated, whatever its path.
 
-    inputs: numbers of the inputs that have gradients, in the order in which backward returns them.
+    inputs: numbers of the inputs that have gradients, in the order in which backward returns them; a
+    tuple of numbers where several inputs share one, which backward returns once.
     saves: (inputs, outputs), two tuples -> what backward gets after the gradients of the results, tensors
     and plain values. fake: shapes of what backward returns, from the same arguments; annotated.
     """
 
-    inputs: tuple[int, ...]
+    inputs: tuple[int | tuple[int, ...], ...]
     saves: Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[Any, ...]]
     fake: Callable[..., Any]
+
+    @property
+    def places(self) -> tuple[tuple[int, ...], ...]:
+        """The inputs that each of backward's outputs belongs to."""
+        return tuple(place if isinstance(place, tuple) else (place,) for place in self.inputs)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """All inputs that have gradients."""
+        return tuple(number for place in self.places for number in place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +138,9 @@ class Choice:
 class Operator:
     """One operator: call it with plain tensors, and it takes the path that suits them.
 
-    name: unique; also torch.ops.marrow.NAME. reference: plain torch, differentiable by torch itself,
-    any dtype. fake: the outputs' shapes from the inputs, annotated (torch.library reads the schema off it).
+    name: unique; also torch.ops.marrow.NAME. The first input is a tensor, or a list of them.
+    reference: plain torch, differentiable by torch itself, any dtype.
+    fake: the outputs' shapes from the inputs, annotated (torch.library reads the schema off it).
     results: how many leading outputs are the results; those behind them are kept for backward only.
     gradient: None where the operator has none. examples: (dtype, device) -> inputs at standard shapes.
     shape_class: inputs -> what the choice of a path depends on besides device and dtype.
@@ -151,6 +163,7 @@ class Operator:
         self.name, self.reference, self.fake, self.gradient = name, reference, fake, gradient
         self.results, self.examples, self.shape_class = results, examples, shape_class
         self.paths: dict[str, Path] = {}
+        self._differentiable = gradient.numbers if gradient else ()
         self._chosen: dict[Case, _Found] = {}
         _operators[name] = self
         self._define(mutates)
@@ -168,7 +181,7 @@ class Operator:
     ) -> None:
         """Add a path. Called at the end of the operator's file."""
         assert name in ORDER[:-1] and (backward is not None) == (self.gradient is not None), name
-        devices = devices or {"cpu": ("cpu",)}.get(name, DEVICES)
+        devices = devices or (("cpu",) if name == "cpu" else DEVICES)
         self.paths[name] = Path(name, forward, backward, devices, dtypes, unusable, loses)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -179,7 +192,7 @@ class Operator:
         if path is None:
             return self.reference(*inputs)
         if self.gradient is not None and torch.is_grad_enabled():
-            for number in self.gradient.inputs:
+            for number in self._differentiable:
                 if inputs[number] is not None and inputs[number].requires_grad:
                     return self._traced(*inputs) if _is_traced(inputs) else self._eager(path, inputs)
         if _is_traced(inputs):
@@ -188,7 +201,7 @@ class Operator:
 
     def case(self, inputs: Sequence[Any]) -> Case:
         """Return what the choice of a path depends on."""
-        first = next(x for x in inputs if isinstance(x, Tensor))
+        first = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
         shape = None if self.shape_class is None else self.shape_class(*inputs)
         return Case(first.device.type, first.dtype, shape)
 
@@ -264,9 +277,7 @@ class Operator:
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             _keep(ctx, gradient, inputs, output)
 
-        torch.library.register_autograd(
-            f"marrow::{self.name}", backward, setup_context=setup, lib=_library
-        )
+        torch.library.register_autograd(f"marrow::{self.name}", backward, setup_context=setup, lib=_library)
 
     def _register(
         self, name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]
@@ -287,7 +298,7 @@ class Operator:
 
     def _fastest(self, arguments: tuple[Any, ...]) -> Path:
         """Return a path by device and dtype alone: all keep the same for backward, so any may follow any."""
-        first = next(x for x in arguments if isinstance(x, Tensor))
+        first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
         path = self._choose(Case(first.device.type, first.dtype))
         if path is None:
             raise UsageError(
@@ -317,9 +328,9 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         """Run the path's backward."""
         if all(grad is None for grad in grads[: ctx.results]):
-            return (None,) * (2 + ctx.num_inputs)
+            return (None,) * (2 + int(ctx.num_inputs))
         found = ctx.path.backward(*grads[: ctx.results], *_kept(ctx))
-        return None, None, *_spread(found, ctx.places, ctx.num_inputs)
+        return (None, None, *_spread(found, ctx.places, ctx.num_inputs))
 
 
 def choices() -> list[Choice]:
@@ -332,6 +343,11 @@ def choices() -> list[Choice]:
                 path, reason = operator.choose(Case(device, dtype))
                 listed.append(Choice(name, device, _short(dtype), path, reason))
     return listed
+
+
+def chosen(device: str, dtype: torch.dtype) -> dict[str, str]:
+    """Return the path of each operator of the loaded files on a device type, for one dtype."""
+    return {name: one.choose(Case(device, dtype))[0] for name, one in sorted(_operators.items())}
 
 
 def operators() -> dict[str, Operator]:
@@ -364,7 +380,7 @@ def wanted() -> str:
     return mode
 
 
-@torch.compiler.assume_constant_result  # what follows looks for compilers and devices
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # what follows looks for compilers and devices
 def _is_node(name: str, device: str, dtype: torch.dtype) -> bool:
     """Return whether a graph shows the operator as one node, not its reference (fakes have their device)."""
     usable = [path for path in _operators[name].paths.values() if device in path.devices]
@@ -383,9 +399,11 @@ def _short(dtype: torch.dtype) -> str:
 
 def _is_traced(inputs: tuple[Any, ...]) -> bool:
     """Return whether something must see one node: a tensor subclass (fake, DTensor) or a mode."""
-    if _get_current_dispatch_mode() is not None:
-        return True
-    return any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in inputs)
+    for x in inputs:  # any() with a generator costs a microsecond
+        first = x[0] if type(x) is list and x else x
+        if type(first) not in _PLAIN and isinstance(first, Tensor):
+            return True
+    return _get_current_dispatch_mode() is not None
 
 
 def _keep(ctx: Any, gradient: Gradient, inputs: tuple[Any, ...], outputs: Any) -> None:
@@ -393,7 +411,7 @@ def _keep(ctx: Any, gradient: Gradient, inputs: tuple[Any, ...], outputs: Any) -
     kept = gradient.saves(inputs, outputs if isinstance(outputs, tuple) else (outputs,))
     ctx.save_for_backward(*(x for x in kept if isinstance(x, Tensor)))
     ctx.plain = [None if isinstance(x, Tensor) else (x,) for x in kept]
-    ctx.places, ctx.num_inputs = gradient.inputs, len(inputs)
+    ctx.places, ctx.num_inputs = gradient.places, len(inputs)
 
 
 def _kept(ctx: Any) -> list[Any]:
@@ -401,9 +419,10 @@ def _kept(ctx: Any) -> list[Any]:
     return [next(tensors) if plain is None else plain[0] for plain in ctx.plain]
 
 
-def _spread(grads: Any, places: tuple[int, ...], num_inputs: int) -> tuple[Any, ...]:
+def _spread(grads: Any, places: tuple[tuple[int, ...], ...], num_inputs: int) -> tuple[Any, ...]:
     """Put gradients to the inputs that they belong to, None to the rest."""
     spread: list[Any] = [None] * num_inputs
     for place, grad in zip(places, grads if isinstance(grads, tuple) else (grads,), strict=True):
-        spread[place] = grad
+        for number in place:
+            spread[number] = grad
     return tuple(spread)

@@ -9,11 +9,13 @@ import ctypes
 import os
 from collections.abc import Callable
 from functools import cache
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
 from marrow.core import native
 
+_data_ptr = methodcaller("data_ptr")
 _FOLDER = Path(__file__).parent / "csrc"
 _TYPES = {
     "p": ctypes.c_void_p,
@@ -55,7 +57,7 @@ def function(file: str, name: str, signature: str) -> Callable[..., Any]:
 
 def pointers(*tensors: Any) -> tuple[int, ...]:
     """Return where the memory of tensors begins; the caller keeps them alive for the call."""
-    return tuple(tensor.data_ptr() for tensor in tensors)
+    return tuple(map(_data_ptr, tensors))
 
 
 def type_of(tensor: Any) -> int:

@@ -33,6 +33,10 @@ if IS_WANTED:
         import triton.language as tl
     except ImportError:
         IS_WANTED = False
+if IS_INTERPRETED and triton is not None:
+    from marrow.kernels import interpreter  # here: it needs Triton
+
+    interpreter.mend()
 if triton is None:
 
     class tl:  # noqa: N801 (stands in for triton.language, whose names the annotations of kernels mention)

@@ -8,7 +8,7 @@ same file holds the run's identity: checkpoints of another recipe, model or data
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 
 from marrow.core.errors import TrainError, explain_os_errors
 from marrow.core.files import atomic_file, sweep
-from marrow.kernels import device
+from marrow.kernels import device, dispatch
 from marrow.train.checkpoint import remove_checkpoints
 from marrow.train.config import TrainRecipe
 
@@ -35,12 +35,14 @@ class Decisions:
     """dtype: of the working weights and activations, a key of `DTYPES`. threads: of torch.
 
     peak_flops: measured GEMM peak in this dtype with these threads, FLOP/s; MFU is a share of it.
+    kernels: the path of each operator (`kernels/dispatch.py`); one that is gone is said at a resume.
     """
 
     dtype: str
     threads: int
     compile: bool
     peak_flops: float
+    kernels: Mapping[str, str]
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -58,7 +60,7 @@ def decide(recipe: TrainRecipe, identity: str, work: Path, *, resume: bool = Tru
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept["identity"] == identity:
-                return Decisions(**kept["decisions"])
+                return _resumed(Decisions(**kept["decisions"]))
             logger.warning("%s is of another run; its checkpoints are not used", work)
         except FileNotFoundError:
             pass
@@ -83,7 +85,19 @@ def _decide(recipe: TrainRecipe) -> Decisions:
         measured = device.choose_dtype()
     dtype = recipe.dtype if recipe.dtype != "auto" else str(measured.dtype).removeprefix("torch.")
     gflops = measured.gemm_bf16_gflops if dtype == "bfloat16" else measured.gemm_fp32_gflops
-    return Decisions(dtype, threads, _worth_compiling(recipe), gflops * 1e9)
+    kernels = dispatch.chosen("cpu", DTYPES[dtype])
+    return Decisions(dtype, threads, _worth_compiling(recipe), gflops * 1e9, kernels)
+
+
+def _resumed(decisions: Decisions) -> Decisions:
+    """Say where this machine computes an operator in another way than the run began with."""
+    now = dispatch.chosen("cpu", decisions.torch_dtype)
+    other = [
+        f"{op}: {path}, now {now.get(op)}" for op, path in decisions.kernels.items() if now.get(op) != path
+    ]
+    if other:
+        logger.warning("the last bits of the weights may differ, kernels changed (%s)", "; ".join(other))
+    return decisions
 
 
 def _worth_compiling(recipe: TrainRecipe) -> bool:

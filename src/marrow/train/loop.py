@@ -26,7 +26,6 @@ from marrow.core.progress import Progress, silent
 from marrow.core.span import span
 from marrow.data.manifest import FILE_NAME as MANIFEST_FILE
 from marrow.data.manifest import Manifest
-from marrow.kernels import dispatch
 from marrow.kernels.attention.attention import attention, pack
 from marrow.kernels.device import raise_malloc_thresholds
 from marrow.kernels.losses.linear_cross_entropy import linear_cross_entropy
@@ -195,10 +194,9 @@ class Run:
     ) -> None:
         self.recipe, self.work, self.decisions = recipe, work, decisions
         self.progress, self.log = progress, log
-        with span("start"):
+        with span("start", kernels=decisions.kernels):
             self.decoder = Decoder(model, seed=recipe.seed, dtype=decisions.torch_dtype)
             if decisions.compile:
-                dispatch.choices()  # made before, or the graph is compiled again when they are there
                 for layer in self.decoder.layers:  # all share one graph, and one for masked batches
                     layer.compile(dynamic=False)
             self.optimiser = Optimiser(self.decoder, recipe)

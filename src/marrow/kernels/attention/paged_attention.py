@@ -8,8 +8,11 @@ The last query of a sequence is its last token, so causality is aligned at the e
 sees `length - n + i + 1` keys. Prompts, chunks of prompts and single tokens go in one call. The
 keys and values of the queries themselves are in the cache already when it is called.
 
+A cache of one byte a number (int8 or e4m3) has a scale for each token and kv head: a token is
+quantised once, when it is written, and never again when its block fills up.
+
 Axes: N queries of all sequences, B sequences, M blocks of a list, P blocks of the cache, S tokens
-of a block, H query heads, K kv heads, G = H/K, D head size, L keys of a sequence.
+of a block, H query heads, K kv heads, G = H/K, D head size, L keys of a sequence, X queries of one.
 Source: PagedAttention (Kwon et al. 2023); the arguments are FlashAttention's variable-length form.
 """
 
@@ -20,102 +23,186 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from marrow.kernels import dispatch
+from marrow.kernels.dispatch import Example, Operator
+
+QUANTISED = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # and the largest code
+Scales = tuple[Tensor, Tensor]
 
 
 def paged_attention(
-    q_NHD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, blocks_BM: Tensor, starts_B: Tensor, ends_B: Tensor
+    q_NHD: Tensor,
+    keys_PSKD: Tensor,
+    values_PSKD: Tensor,
+    blocks_BM: Tensor,
+    starts_B: Tensor,
+    ends_B: Tensor,
+    *,
+    scales: Scales | None = None,
+    max_queries: int = 0,
+    max_keys: int = 0,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Attend from each sequence's queries to its own keys, causally, with scale D^-0.5.
 
-    Args: q_NHD: [N, H, D]. keys_PSKD, values_PSKD: [P, S, K, D], one layer's cache. blocks_BM:
-        integers [B, M], the blocks of each sequence in order. starts_B: integers [B + 1], where
-        each sequence's queries begin in N; every sequence has one at least. ends_B: integers [B],
-        keys of each sequence, its queries' own among them. What a block holds past a sequence's
-        end may be any finite number.
-    Returns: o_NHD of q's dtype; softmax in fp32.
+    Args: q_NHD: [N, H, D]. keys_PSKD, values_PSKD: [P, S, K, D], one layer's cache, of q's dtype, or
+        quantised. blocks_BM: integers [B, M], the blocks of each sequence in order. starts_B: integers
+        [B + 1], where each sequence's queries begin in N; from 0 to N. ends_B: integers [B], keys of each
+        sequence, its queries' own among them. Whatever a block holds past a sequence's end is not seen,
+        NaN included. scales: of a quantised cache's keys and values, fp32 [P, S, K] each (`quantise_kv`).
+        max_queries, max_keys: the most of one sequence, where the caller knows; 0: N and M S. A GPU starts
+        programs for that many. window: a query sees that many keys at most; 0 for all. softcap: scores s
+        become softcap tanh(s / softcap); 0 leaves them.
+    Returns: o_NHD of q's dtype; softmax in fp32. A query that sees no key gets zeros.
     Cost: reads 2 L K D elements a sequence; 4 L H D FLOPs a query; decoding is bound by memory.
     """
-    function = dispatch.choose("paged_attention", q_NHD.device.type)
-    result: Tensor = function(q_NHD, keys_PSKD, values_PSKD, blocks_BM, starts_B, ends_B)
+    assert (scales is not None) == (keys_PSKD.dtype in QUANTISED), "a quantised cache has scales"
+    max_queries = max_queries or q_NHD.shape[0]
+    max_keys = max_keys or blocks_BM.shape[1] * keys_PSKD.shape[1]
+    key_scales, value_scales = scales or (None, None)
+    given = (q_NHD, keys_PSKD, values_PSKD, key_scales, value_scales, blocks_BM, starts_B, ends_B)
+    result: Tensor = OPERATOR(*given, max_queries, max_keys, window, softcap)
     return result
 
 
+def quantise_kv(x_NKD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Quantise keys or values, a scale for each token and head: x = codes scale.
+
+    Args: x_NKD: any float dtype, [..., D]. dtype: torch.int8 or torch.float8_e4m3fn.
+    Returns: codes_NKD of `dtype`, scale_NK in fp32: the largest magnitude over 127 or 448.
+    """
+    wide_NKD = x_NKD.float()
+    scale_NK = wide_NKD.abs().amax(-1) / QUANTISED[dtype]
+    codes_NKD = wide_NKD / torch.where(scale_NK > 0, scale_NK, 1.0)[..., None]
+    return (codes_NKD.round() if dtype == torch.int8 else codes_NKD).to(dtype), scale_NK
+
+
 def paged_attention_reference(
-    q_NHD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, blocks_BM: Tensor, starts_B: Tensor, ends_B: Tensor
+    q_NHD: Tensor,
+    keys_PSKD: Tensor,
+    values_PSKD: Tensor,
+    key_scales_PSK: Tensor | None,
+    value_scales_PSK: Tensor | None,
+    blocks_BM: Tensor,
+    starts_B: Tensor,
+    ends_B: Tensor,
+    max_queries: int = 0,
+    max_keys: int = 0,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Compute `paged_attention` in plain torch: sequence by sequence, gather and softmax."""
     wide = torch.promote_types(q_NHD.dtype, torch.float32)
     groups = q_NHD.shape[1] // keys_PSKD.shape[2]
-    starts, outputs = starts_B.tolist(), []
+    starts, outputs = starts_B.tolist(), [q_NHD[:0].to(wide)]
     for blocks_M, begin, end, length in zip(blocks_BM, starts[:-1], starts[1:], ends_B.tolist(), strict=True):
         k_LKD, v_LKD = (
-            cache[blocks_M.long()].flatten(0, 1)[:length].to(wide) for cache in (keys_PSKD, values_PSKD)
+            _wide(cache, scales, blocks_M.long(), wide)[:length]
+            for cache, scales in ((keys_PSKD, key_scales_PSK), (values_PSKD, value_scales_PSK))
         )
         k_HLD, v_HLD = (x.repeat_interleave(groups, dim=1).transpose(0, 1) for x in (k_LKD, v_LKD))
         q_HXD = q_NHD[begin:end].to(wide).transpose(0, 1)
         scores_HXL = (q_HXD @ k_HLD.mT) * q_NHD.shape[-1] ** -0.5
-        scores_HXL = scores_HXL.masked_fill(~_seen(end - begin, length, q_NHD.device), float("-inf"))
-        outputs.append((scores_HXL.softmax(-1) @ v_HLD).transpose(0, 1))
+        if softcap:
+            scores_HXL = torch.tanh(scores_HXL / softcap) * softcap
+        seen_XL = _seen(end - begin, length, window, q_NHD.device)
+        p_HXL = scores_HXL.masked_fill(~seen_XL, float("-inf")).softmax(-1)
+        p_HXL = p_HXL.masked_fill(~seen_XL, 0.0)  # NaN where a query sees nothing
+        outputs.append((p_HXL @ v_HLD).transpose(0, 1))
     return torch.cat(outputs).to(q_NHD.dtype)
 
 
-def paged_attention_torch(
-    q_NHD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, blocks_BM: Tensor, starts_B: Tensor, ends_B: Tensor
+def _wide(cache: Tensor, scales: Tensor | None, blocks_M: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gather a sequence's blocks, dequantised: [M S, K, D]."""
+    picked_LKD = cache.view(torch.uint8)[blocks_M].view(cache.dtype) if scales is not None else cache[blocks_M]
+    wide_LKD = picked_LKD.to(dtype).flatten(0, 1)
+    return wide_LKD if scales is None else wide_LKD * scales[blocks_M].flatten(0, 1)[..., None]
+
+
+# Plain torch
+
+
+def forward_torch(
+    q_NHD: Tensor,
+    keys_PSKD: Tensor,
+    values_PSKD: Tensor,
+    key_scales_PSK: Tensor | None,
+    value_scales_PSK: Tensor | None,
+    blocks_BM: Tensor,
+    starts_B: Tensor,
+    ends_B: Tensor,
+    max_queries: int,
+    max_keys: int,
+    window: int,
+    softcap: float,
 ) -> Tensor:
-    """Compute `paged_attention` with torch's fused kernels: decoding batched, prompts one by one."""
+    """Torch's fused kernels: decoding batched, prompts one by one. Reads the lengths on the host."""
+    caches = (keys_PSKD, values_PSKD)
+    if softcap or key_scales_PSK is not None or not q_NHD.numel():
+        given = (q_NHD, *caches, key_scales_PSK, value_scales_PSK, blocks_BM, starts_B, ends_B)
+        return paged_attention_reference(*given, max_queries, max_keys, window, softcap)
     starts, ends = starts_B.tolist(), ends_B.tolist()
     single = [i for i in range(len(ends)) if starts[i + 1] - starts[i] == 1]
     buckets = list(_buckets(single, ends))
     if len(single) == len(ends) and len(buckets) == 1:
-        return _decode(q_NHD, keys_PSKD, values_PSKD, blocks_BM, ends_B, max(ends))
-    o_NHD = torch.empty_like(q_NHD)
+        return _decode(q_NHD, *caches, blocks_BM, ends_B, max(ends), window)
+    o_NHD = torch.empty_like(q_NHD, memory_format=torch.contiguous_format)
     for some in buckets:
         some_B = torch.tensor(some, device=q_NHD.device)
-        rows_B = starts_B[some_B].long()
-        o_BHD = _decode(
-            q_NHD[rows_B],
-            keys_PSKD,
-            values_PSKD,
-            blocks_BM[some_B],
-            ends_B[some_B],
-            max(ends[i] for i in some),
-        )
+        rows_B, longest = starts_B[some_B].long(), max(ends[i] for i in some)
+        o_BHD = _decode(q_NHD[rows_B], *caches, blocks_BM[some_B], ends_B[some_B], longest, window)
         o_NHD.index_copy_(0, rows_B, o_BHD)
     for i in sorted(set(range(len(ends))) - set(single)):
         begin, end = starts[i], starts[i + 1]
-        o_NHD[begin:end] = _prefill(q_NHD[begin:end], keys_PSKD, values_PSKD, blocks_BM[i], ends[i])
+        o_NHD[begin:end] = _prefill(q_NHD[begin:end], *caches, blocks_BM[i], ends[i], window)
     return o_NHD
 
 
 def _decode(
-    q_BHD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, blocks_BM: Tensor, ends_B: Tensor, longest: int
+    q_BHD: Tensor,
+    keys_PSKD: Tensor,
+    values_PSKD: Tensor,
+    blocks_BM: Tensor,
+    ends_B: Tensor,
+    longest: int,
+    window: int,
 ) -> Tensor:
     """Attend from one query a sequence. Queries that share a kv head are folded into one axis."""
     size, kv_heads = keys_PSKD.shape[1:3]
-    blocks_BM = blocks_BM[:, : -(-longest // size)]
+    blocks_BM = blocks_BM[:, : max(1, -(-longest // size))]
     k_BKLD, v_BKLD = (_gather(cache, blocks_BM) for cache in (keys_PSKD, values_PSKD))
     at_L = torch.arange(k_BKLD.shape[2], device=q_BHD.device)
-    seen_B11L = (at_L < ends_B[:, None])[:, None, None]
-    q_BKGD = q_BHD.view(q_BHD.shape[0], kv_heads, -1, q_BHD.shape[-1])
-    return F.scaled_dot_product_attention(q_BKGD, k_BKLD, v_BKLD, attn_mask=seen_B11L).flatten(1, 2)
+    seen_BL = at_L < ends_B[:, None]
+    for x_BKLD in (k_BKLD, v_BKLD):  # a NaN there would outlive its mask
+        x_BKLD.masked_fill_(~seen_BL[:, None, :, None], 0.0)
+    seen_BL = seen_BL & (at_L >= ends_B[:, None] - window) if window else seen_BL
+    q_BKGD = q_BHD.unflatten(1, (kv_heads, -1))
+    o_BKGD = F.scaled_dot_product_attention(q_BKGD, k_BKLD, v_BKLD, attn_mask=seen_BL[:, None, None])
+    return o_BKGD.flatten(1, 2).masked_fill_(~(ends_B > 0)[:, None, None], 0.0)
 
 
-def _prefill(q_XHD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, blocks_M: Tensor, length: int) -> Tensor:
+def _prefill(
+    q_XHD: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor, blocks_M: Tensor, length: int, window: int
+) -> Tensor:
     """Attend from several queries of one sequence."""
     queries, size = q_XHD.shape[0], keys_PSKD.shape[1]
+    if not queries or not length:
+        return torch.zeros_like(q_XHD)
     blocks_1M = blocks_M[None, : -(-length // size)]
     k_1KLD, v_1KLD = (_gather(cache, blocks_1M)[:, :, :length] for cache in (keys_PSKD, values_PSKD))
-    whole = queries == length
+    is_whole = queries == length and not window
     o_1HXD = F.scaled_dot_product_attention(
         q_XHD.transpose(0, 1)[None],
         k_1KLD,
         v_1KLD,
-        attn_mask=None if whole else _seen(queries, length, q_XHD.device),
-        is_causal=whole,
+        attn_mask=None if is_whole else _seen(queries, length, window, q_XHD.device),
+        is_causal=is_whole,
         enable_gqa=True,
     )
-    return o_1HXD[0].transpose(0, 1)
+    o_XHD = o_1HXD[0].transpose(0, 1)
+    if queries > length:  # the first ones see nothing
+        o_XHD[: queries - length] = 0.0
+    return o_XHD
 
 
 def _gather(cache_PSKD: Tensor, blocks_BM: Tensor) -> Tensor:
@@ -125,9 +212,10 @@ def _gather(cache_PSKD: Tensor, blocks_BM: Tensor) -> Tensor:
     return picked_NSKD.view(rows, -1, *cache_PSKD.shape[2:]).transpose(1, 2)
 
 
-def _seen(queries: int, length: int, device: torch.device) -> Tensor:
+def _seen(queries: int, length: int, window: int, device: torch.device) -> Tensor:
     """Return the causal mask aligned at the ends: [X, L], True where a query sees a key."""
-    return torch.ones(queries, length, dtype=torch.bool, device=device).tril(length - queries)
+    seen_XL = torch.ones(queries, length, dtype=torch.bool, device=device).tril(length - queries)
+    return seen_XL.triu(length - queries - window + 1) if window else seen_XL
 
 
 def _buckets(some: list[int], ends: list[int]) -> Iterator[list[int]]:
@@ -143,8 +231,29 @@ def _buckets(some: list[int], ends: list[int]) -> Iterator[list[int]]:
         return
     groups: dict[int, list[int]] = {}
     for i in some:
-        groups.setdefault((ends[i] - 1).bit_length(), []).append(i)
+        groups.setdefault(max(0, ends[i] - 1).bit_length(), []).append(i)
     yield from groups.values()
+
+
+# What all paths share
+
+
+def _empty(
+    q_NHD: Tensor,
+    keys_PSKD: Tensor,
+    values_PSKD: Tensor,
+    key_scales_PSK: Tensor | None,
+    value_scales_PSK: Tensor | None,
+    blocks_BM: Tensor,
+    starts_B: Tensor,
+    ends_B: Tensor,
+    max_queries: int,
+    max_keys: int,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """Allocate o."""
+    return torch.empty_like(q_NHD, memory_format=torch.contiguous_format)
 
 
 def cost(lengths: list[int], heads: int, kv_heads: int, head_size: int, dtype_bytes: int) -> dict[str, Any]:
@@ -153,5 +262,21 @@ def cost(lengths: list[int], heads: int, kv_heads: int, head_size: int, dtype_by
     return {"bytes": 2 * keys * kv_heads * head_size * dtype_bytes, "flops": 4 * keys * heads * head_size}
 
 
-dispatch.register("paged_attention", "reference", paged_attention_reference)
-dispatch.register("paged_attention", "torch", paged_attention_torch)
+def _examples(dtype: torch.dtype, device: str) -> list[Example]:
+    """Decoding: 8 sequences of 32k keys, 64 of 4k, 256 of 1k; 32 heads of 128 over 8, blocks of 16."""
+    examples = []
+    for sequences, length in ((64, 4096), (8, 32768), (256, 1024)):
+        blocks = sequences * length // 16
+        q_BHD = torch.randn(sequences, 32, 128, device=device, dtype=dtype)
+        cache = [torch.randn(blocks, 16, 8, 128, device=device, dtype=dtype) for _ in range(2)]
+        blocks_BM = torch.randperm(blocks, device=device, dtype=torch.int32).view(sequences, -1)
+        starts_B = torch.arange(sequences + 1, device=device, dtype=torch.int32)
+        ends_B = torch.full((sequences,), length, device=device, dtype=torch.int32)
+        inputs = (q_BHD, *cache, None, None, blocks_BM, starts_B, ends_B, 1, length, 0, 0.0)
+        price = cost([length] * sequences, 32, 8, 128, dtype.itemsize)
+        examples.append(Example(f"decode {sequences}x{length}", inputs, price["bytes"], price["flops"]))
+    return examples
+
+
+OPERATOR = Operator("paged_attention", paged_attention_reference, fake=_empty, examples=_examples)
+OPERATOR.add("torch", forward_torch, dtypes=(torch.float32, torch.bfloat16, torch.float16))

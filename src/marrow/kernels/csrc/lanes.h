@@ -73,8 +73,13 @@ INLINE void store(void *to, long at, lanes x, int type) {
     }
 }
 
-/* The first `count` of 16; the others are 0. */
+/* The first `count` < 16 of 16; the others are 0. */
 INLINE lanes load_part(const void *from, long at, long count, int type) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    __mmask16 some = (__mmask16)((1u << count) - 1);
+    if (type == BF16) return widen((lanes_u16)_mm256_maskz_loadu_epi16(some, (const uint16_t *)from + at));
+    return (lanes)_mm512_maskz_loadu_ps(some, (const float *)from + at);
+#else
     if (type == BF16) {
         uint16_t half[LANES] = {0};
         memcpy(half, (const uint16_t *)from + at, count * 2);
@@ -83,9 +88,15 @@ INLINE lanes load_part(const void *from, long at, long count, int type) {
     float x[LANES] = {0};
     memcpy(x, (const float *)from + at, count * 4);
     return load(x, 0, F32);
+#endif
 }
 
 INLINE void store_part(void *to, long at, long count, lanes x, int type) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    __mmask16 some = (__mmask16)((1u << count) - 1);
+    if (type == BF16) _mm256_mask_storeu_epi16((uint16_t *)to + at, some, (__m256i)narrow(x));
+    else _mm512_mask_storeu_ps((float *)to + at, some, (__m512)x);
+#else
     if (type == BF16) {
         uint16_t half[LANES];
         store(half, 0, x, BF16);
@@ -93,6 +104,17 @@ INLINE void store_part(void *to, long at, long count, lanes x, int type) {
     } else {
         memcpy((float *)to + at, &x, count * 4);
     }
+#endif
+}
+
+/* Sixteen, or the `count` that are left of a row: for loops that count down to its end. */
+INLINE lanes load_some(const void *from, long at, long count, int type) {
+    return count >= LANES ? load(from, at, type) : load_part(from, at, count, type);
+}
+
+INLINE void store_some(void *to, long at, long count, lanes x, int type) {
+    if (count >= LANES) store(to, at, x, type);
+    else store_part(to, at, count, x, type);
 }
 
 INLINE lanes blend(lanes_i32 mask, lanes yes, lanes no) {
@@ -117,25 +139,62 @@ INLINE float largest_of(lanes x) {
  * 0 below -87.34 (no subnormal results), infinite above 88.72, NaN for NaN. */
 INLINE lanes exp_of(lanes x) {
     const float most = 88.72284f, least = -87.33655f;
+#ifdef __AVX512F__
+    lanes clipped = (lanes)_mm512_min_ps((__m512)all(89.5f), (__m512)x); /* NaN: the second */
+    clipped = (lanes)_mm512_max_ps((__m512)all(-89.5f), (__m512)clipped);
+    lanes n = (lanes)_mm512_roundscale_ps((__m512)(clipped * 1.44269504f), 0);
+#else
     lanes clipped = blend((lanes_i32)(x > most), all(most), x);
     clipped = blend((lanes_i32)(x < least), all(least), clipped);
-    lanes shifted = clipped * 1.44269504f + 12582912.0f; /* 1.5 x 2^23: adding it rounds */
-    lanes n = shifted - 12582912.0f;
+    lanes n = clipped * 1.44269504f + 12582912.0f - 12582912.0f; /* 1.5 x 2^23: adding it rounds */
+#endif
     lanes r = clipped - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
-    lanes p = all(1.3888889e-3f);
-    p = p * r + 8.3333333e-3f;
-    p = p * r + 4.1666667e-2f;
-    p = p * r + 1.6666667e-1f;
-    p = p * r + 0.5f;
+    lanes p = all(1.38145406e-3f);
+    p = p * r + 8.36874545e-3f;
+    p = p * r + 4.16683890e-2f;
+    p = p * r + 1.66665211e-1f;
+    p = p * r + 0.499999940f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
+#ifdef __AVX512F__
+    __mmask16 lives = _mm512_cmp_ps_mask((__m512)x, (__m512)all(least), _CMP_NLT_UQ);
+    return (lanes)_mm512_maskz_scalef_ps(lives, (__m512)p, (__m512)n);
+#else
     lanes_i32 power = __builtin_convertvector(n, lanes_i32);
     /* in two halves, for 2^128 has no float of its own */
     lanes_i32 half = power >> 1;
     lanes result = p * (lanes)((half + 127) << 23) * (lanes)((power - half + 127) << 23);
     result = blend((lanes_i32)(x < least), all(0), result);
     return blend((lanes_i32)(x > most), all(__builtin_inff()), result);
+#endif
+}
+
+/* 1 / x to 1 ulp or so; x normal and below 2^126, or infinite or NaN. */
+INLINE lanes reciprocal_of(lanes x) {
+#ifdef __AVX512F__
+    lanes y = (lanes)_mm512_rcp14_ps((__m512)x); /* to 2^-14; Newton's step squares the error */
+    lanes better = y + y * (1.0f - x * y);
+    __mmask16 special = _mm512_cmp_ps_mask((__m512)y, (__m512)all(0), _CMP_EQ_OQ);
+    return (lanes)_mm512_mask_mov_ps((__m512)better, special, (__m512)y);
+#else
+    return 1.0f / x;
+#endif
+}
+
+INLINE lanes sigmoid_of(lanes x) { return reciprocal_of(1.0f + exp_of(-x)); }
+
+/* tanh to 2 ulp or so: odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel. */
+INLINE lanes tanh_of(lanes x) {
+    lanes square = x * x;
+    lanes p = all(-5.90586476e-3f);
+    p = p * square + 2.08053812e-2f;
+    p = p * square - 5.37866838e-2f;
+    p = p * square + 1.33319587e-1f;
+    p = p * square - 3.33332986e-1f;
+    lanes near = x + x * square * p;
+    lanes far = 1.0f - 2.0f * reciprocal_of(exp_of(2.0f * x) + 1.0f);
+    return blend((lanes_i32)(square < 0.36f), near, far);
 }
 
 #endif

@@ -1,8 +1,6 @@
 /* silu(gate) * up, and its gradient. The reference is kernels/activations/swiglu.py. Computed in fp32. */
 #include "lanes.h"
 
-INLINE lanes sigmoid(lanes x) { return 1.0f / (1.0f + exp_of(-x)); }
-
 /* A row is `size` gates, then `size` ups. */
 INLINE void forward(const void *gate_up, void *y, long rows, long size, int threads, int type) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (rows * size > 1 << 14)
@@ -12,19 +10,19 @@ INLINE void forward(const void *gate_up, void *y, long rows, long size, int thre
         long at = 0;
         for (; at + LANES <= size; at += LANES) {
             lanes gate = load(gates, at, type);
-            store(to, at, gate * sigmoid(gate) * load(ups, at, type), type);
+            store(to, at, gate * sigmoid_of(gate) * load(ups, at, type), type);
         }
         if (at < size) {
             lanes gate = load_part(gates, at, size - at, type);
-            lanes some = gate * sigmoid(gate) * load_part(ups, at, size - at, type);
+            lanes some = gate * sigmoid_of(gate) * load_part(ups, at, size - at, type);
             store_part(to, at, size - at, some, type);
         }
     }
 }
 
-/* With s = sigmoid(gate): dup = dy gate s, dgate = dy up s (1 + gate (1 - s)). */
+/* With s = sigmoid_of(gate): dup = dy gate s, dgate = dy up s (1 + gate (1 - s)). */
 INLINE void gradients(lanes dy, lanes gate, lanes up, lanes *dgate, lanes *dup) {
-    lanes s = sigmoid(gate), grad = dy * s;
+    lanes s = sigmoid_of(gate), grad = dy * s;
     *dup = grad * gate;
     *dgate = grad * up * (1.0f + gate * (1.0f - s));
 }

@@ -1,79 +1,110 @@
 """The head and the loss in one: cross entropy of hidden @ weight^T, without all the logits.
 
-Rows go through in chunks; each chunk's logits become its loss and, in the same pass, its
-gradients, so that memory is one chunk of logits instead of N V numbers twice.
+Rows go through in chunks; each chunk's logits become its loss and, in the same pass and the same memory,
+its gradient, which two matrix products carry on to `hidden` and `weight`. So memory is one chunk of logits
+instead of N V numbers twice, and forward has made the gradients when it ends: backward only scales them.
 
 Axes: N rows, M rows of a chunk, C channels, V vocabulary.
 Source: the chunked form of Hsu et al. 2024 (Liger Kernel), written anew.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from marrow.kernels import native, tile
 from marrow.kernels.dispatch import Example, Gradient, Operator
+from marrow.kernels.losses.chunks import WeightGradient, chunks
+from marrow.kernels.losses.cross_entropy import (
+    IGNORE,
+    cross_entropy_reference,
+    in_place_cpu,
+    in_place_triton,
+)
 
-IGNORE = -100
-# Logits in memory at once: 16 MiB of fp32.
-# PERF: loss and gradients of 8192 rows, C 256, V 4096, bf16, one core: 617 ms reference; in chunks
-# of 2^18 338 ms, 2^20 227 ms, 2^22 204 ms, 2^23 242 ms.
-CHUNK_LOGITS = 1 << 22
+# (logits, targets, label smoothing, z-loss) -> losses and more; the logits become the gradient.
+Step = Callable[[Tensor, Tensor, float, float], tuple[Tensor, ...]]
 
 
-def linear_cross_entropy(hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    hidden_NC: Tensor,
+    weight_VC: Tensor,
+    targets_N: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """Sum the cross entropy of each row's target.
 
     Args: hidden_NC: [N, C]. weight_VC: [V, C] of the same dtype. targets_N: int64 [N], in [0, V)
-        or -100 for rows that have none.
+        or -100 for rows that have none. label_smoothing, z_loss: as in `cross_entropy`.
     Returns: (loss, count): fp32 scalar in nats (fp64 for fp64 input), summed over the rows that
         have a target; int64 scalar, how many those are.
-    Cost: 2 N C V FLOPs forward, 4 N C V for the gradients, made in forward.
+    Cost: 2 N C V FLOPs forward, 4 N C V for the gradients, made in forward where they are needed.
     """
     learns = torch.is_grad_enabled()
     flags = (learns and hidden_NC.requires_grad, learns and weight_VC.requires_grad)
-    return OPERATOR(hidden_NC, weight_VC, targets_N, *flags), (targets_N != IGNORE).sum()
+    loss: Tensor = OPERATOR(hidden_NC, weight_VC, targets_N, *flags, label_smoothing, z_loss)
+    return loss, (targets_N != IGNORE).sum()
 
 
 def linear_cross_entropy_reference(
     hidden_NC: Tensor,
     weight_VC: Tensor,
     targets_N: Tensor,
-    needs_hidden: bool = True,
-    needs_weight: bool = True,
+    needs_hidden: bool,
+    needs_weight: bool,
+    label_smoothing: float,
+    z_loss: float,
 ) -> Tensor:
     """Compute the loss of `linear_cross_entropy` in plain torch, all logits at once."""
     wide = torch.promote_types(hidden_NC.dtype, torch.float32)
     logits_NV = F.linear(hidden_NC.to(wide), weight_VC.to(wide))
-    return F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE, reduction="sum")
+    return cross_entropy_reference(logits_NV, targets_N, label_smoothing, z_loss)[0].sum()
+
+
+def forward_triton(
+    hidden_NC: Tensor,
+    weight_VC: Tensor,
+    targets_N: Tensor,
+    needs_hidden: bool,
+    needs_weight: bool,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Matrix products by torch, each chunk's softmax and gradient by one kernel."""
+    flags = needs_hidden, needs_weight, label_smoothing, z_loss
+    return _chunked(in_place_triton, hidden_NC, weight_VC, targets_N, *flags)
+
+
+def forward_cpu(
+    hidden_NC: Tensor,
+    weight_VC: Tensor,
+    targets_N: Tensor,
+    needs_hidden: bool,
+    needs_weight: bool,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Matrix products by torch, each chunk's softmax and gradient in C."""
+    flags = needs_hidden, needs_weight, label_smoothing, z_loss
+    return _chunked(in_place_cpu, hidden_NC, weight_VC, targets_N, *flags)
 
 
 def forward_torch(
-    hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, needs_hidden: bool, needs_weight: bool
+    hidden_NC: Tensor,
+    weight_VC: Tensor,
+    targets_N: Tensor,
+    needs_hidden: bool,
+    needs_weight: bool,
+    label_smoothing: float,
+    z_loss: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Make the loss and both gradients, chunk by chunk."""
-    wide = torch.promote_types(hidden_NC.dtype, torch.float32)
-    rows = max(1, CHUNK_LOGITS // weight_VC.shape[0])
-    loss, hidden_grad_NC, weight_grad_VC = _empty(hidden_NC, weight_VC, targets_N, needs_hidden, needs_weight)
-    loss.zero_()
-    # Summed in fp32: in bf16 the sum over chunks would lose the small ones.
-    sum_VC = torch.zeros_like(weight_grad_VC, dtype=wide)
-    for start in range(0, len(hidden_NC), rows):
-        hidden_MC, targets_M = hidden_NC[start : start + rows], targets_N[start : start + rows]
-        # The scores become log probabilities and then, in place, the gradient.
-        scores_MV = torch.log_softmax(F.linear(hidden_MC, weight_VC), -1, dtype=wide)
-        valid_M1 = (targets_M != IGNORE)[:, None]
-        index_M1 = targets_M.clamp(min=0)[:, None]
-        loss -= scores_MV.gather(1, index_M1).masked_fill(~valid_M1, 0.0).sum()
-        if not (needs_hidden or needs_weight):
-            continue
-        scores_MV.exp_().scatter_add_(1, index_M1, torch.full_like(valid_M1, -1.0, dtype=wide))
-        grad_MV = scores_MV.to(hidden_NC.dtype)
-        # Rows without a target are taken out where they are narrow.
-        if needs_hidden:
-            hidden_grad_NC[start : start + rows] = (grad_MV @ weight_VC).masked_fill_(~valid_M1, 0.0)
-        if needs_weight:
-            sum_VC += grad_MV.T @ hidden_MC.masked_fill(~valid_M1, 0.0)
-    return loss, hidden_grad_NC, weight_grad_VC.copy_(sum_VC)
+    """All by torch."""
+    flags = needs_hidden, needs_weight, label_smoothing, z_loss
+    return _chunked(_in_place_torch, hidden_NC, weight_VC, targets_N, *flags)
 
 
 def backward(loss_grad: Tensor, hidden_grad_NC: Tensor, weight_grad_VC: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,8 +121,68 @@ def cost(num_rows: int, num_channels: int, vocab_size: int, dtype_bytes: int) ->
     return {"bytes": 3 * (weights + hidden) * dtype_bytes, "flops": 6 * num_rows * weights}
 
 
+def _chunked(
+    step: Step,
+    hidden_NC: Tensor,
+    weight_VC: Tensor,
+    targets_N: Tensor,
+    needs_hidden: bool,
+    needs_weight: bool,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Make the loss and both gradients, chunk by chunk."""
+    flags = needs_hidden, needs_weight, label_smoothing, z_loss
+    loss, hidden_grad_NC, weight_grad_VC = _empty(hidden_NC, weight_VC, targets_N, *flags)
+    parts = list(chunks(len(hidden_NC), len(weight_VC), hidden_NC.device))
+    if not parts:
+        return loss.zero_(), hidden_grad_NC, weight_grad_VC.zero_()
+    buffer_MV = hidden_NC.new_empty(parts[0].stop, len(weight_VC))
+    weight_sum, losses = WeightGradient(weight_grad_VC), []
+    for part in parts:
+        hidden_MC = hidden_NC[part]
+        logits_MV = torch.mm(hidden_MC, weight_VC.T, out=buffer_MV[: part.stop - part.start])
+        losses.append(step(logits_MV, targets_N[part], label_smoothing, z_loss)[0])
+        if needs_hidden:
+            torch.mm(logits_MV, weight_VC, out=hidden_grad_NC[part])
+        if needs_weight:
+            weight_sum.add(logits_MV, hidden_MC, is_only=len(parts) == 1)
+    del buffer_MV, logits_MV  # before the sum is rounded: the peak of memory is there
+    weight_sum.finish()
+    torch.sum(torch.cat(losses), 0, out=loss)
+    return loss, hidden_grad_NC, weight_grad_VC
+
+
+def _in_place_torch(
+    logits_MV: Tensor, targets_M: Tensor, label_smoothing: float, z_loss: float
+) -> tuple[Tensor]:
+    """Return losses; the logits become the gradient of their sum."""
+    wide = torch.promote_types(logits_MV.dtype, torch.float32)
+    is_none_M1, index_M1 = (targets_M == IGNORE)[:, None], targets_M.clamp(min=0)[:, None]
+    scores_MV = torch.log_softmax(logits_MV, -1, dtype=wide)
+    losses_M1 = (label_smoothing - 1) * scores_MV.gather(1, index_M1)
+    if label_smoothing:
+        losses_M1 -= label_smoothing * scores_MV.mean(-1, keepdim=True)
+    grad_MV = scores_MV.exp_()
+    if z_loss:
+        lse_M1 = logits_MV.to(wide).logsumexp(-1, keepdim=True)
+        losses_M1 += z_loss * lse_M1.square()
+        grad_MV *= 1 + 2 * z_loss * lse_M1
+    if label_smoothing:
+        grad_MV -= label_smoothing / grad_MV.shape[1]
+    grad_MV.scatter_add_(1, index_M1, grad_MV.new_full(index_M1.shape, label_smoothing - 1))
+    logits_MV.copy_(grad_MV.masked_fill_(is_none_M1, 0.0))
+    return (losses_M1.masked_fill(is_none_M1, 0.0)[:, 0],)
+
+
 def _empty(
-    hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, needs_hidden: bool, needs_weight: bool
+    hidden_NC: Tensor,
+    weight_VC: Tensor,
+    targets_N: Tensor,
+    needs_hidden: bool,
+    needs_weight: bool,
+    label_smoothing: float,
+    z_loss: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate the loss and the gradients that are needed."""
     wide = torch.promote_types(hidden_NC.dtype, torch.float32)
@@ -109,14 +200,15 @@ def _empty_gradients(
 
 
 def _examples(dtype: torch.dtype, device: str) -> list[Example]:
-    """Heads of small models."""
+    """Heads of small models, and that of an 8B model where there is a GPU for it."""
+    shapes = [(2048, 192, 2048), (8192, 256, 4096)] + [(8192, 4096, 128256)] * (device != "cpu")
     examples = []
-    for rows, channels, vocab in ((2048, 192, 2048), (8192, 256, 4096)):
+    for rows, channels, vocab in shapes:
         hidden_NC = torch.randn(rows, channels, device=device, dtype=dtype)
-        weight_VC = torch.randn(vocab, channels, device=device, dtype=dtype)
+        weight_VC = torch.randn(vocab, channels, device=device, dtype=dtype) * channels**-0.5
         targets_N = torch.randint(0, vocab, (rows,), device=device)
         work = cost(rows, channels, vocab, dtype.itemsize)
-        inputs = (hidden_NC, weight_VC, targets_N, True, True)
+        inputs = (hidden_NC, weight_VC, targets_N, True, True, 0.0, 0.0)
         examples.append(Example(f"{rows}x{channels}x{vocab}", inputs, work["bytes"], work["flops"]))
     return examples
 
@@ -129,3 +221,5 @@ OPERATOR = Operator(
     examples=_examples,
 )
 OPERATOR.add("torch", forward_torch, backward)
+OPERATOR.add("cpu", forward_cpu, backward, **native.path("cross_entropy"))
+OPERATOR.add("triton", forward_triton, backward, **tile.path())

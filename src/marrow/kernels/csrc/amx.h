@@ -1,0 +1,93 @@
+/* Products of 8-bit integers summed in 32 bits: AMX tiles where the CPU has them and the kernel lends them,
+ * VNNI lanes next, plain C anywhere. All three give the same integers, for no sum of 4 products overflows.
+ *
+ * A tile product is C [16 x 16] += A [16 x 64 bytes] B [16 x 64 bytes], B in dwords of 4 consecutive k:
+ * row r of B holds k = 4r .. 4r+3 of 16 columns.
+ */
+#ifndef AMX_H
+#define AMX_H
+
+#include "lanes.h"
+
+#if defined(__AMX_INT8__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define HAS_AMX 1
+#else
+#define HAS_AMX 0
+#endif
+
+typedef uint8_t bytes __attribute__((vector_size(64)));
+typedef int8_t signed_bytes __attribute__((vector_size(64)));
+
+INLINE bytes load_bytes(const void *from) {
+    bytes x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+INLINE void store_bytes(void *to, bytes x) { memcpy(to, &x, sizeof x); }
+
+/* sums + the dot products of 16 dwords of unsigned bytes with 4 signed bytes, the same for all lanes. */
+INLINE lanes_i32 dot_bytes(lanes_i32 sums, bytes left, int32_t right) {
+#ifdef __AVX512VNNI__
+    return (lanes_i32)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)left, _mm512_set1_epi32(right));
+#else
+    int8_t four[4];
+    memcpy(four, &right, 4);
+    for (int lane = 0; lane < LANES; lane++)
+        for (int i = 0; i < 4; i++) sums[lane] += left[4 * lane + i] * four[i];
+    return sums;
+#endif
+}
+
+INLINE int32_t dword_at(const int8_t *from) {
+    int32_t four;
+    memcpy(&four, from, 4);
+    return four;
+}
+
+INLINE lanes to_float(lanes_i32 x) { return __builtin_convertvector(x, lanes); }
+
+/* fp16 to fp32, exact; no infinities. */
+INLINE lanes load_half(const uint16_t *from) {
+    lanes_u16 half;
+    memcpy(&half, from, sizeof half);
+    lanes_u32 bits = __builtin_convertvector(half, lanes_u32);
+    lanes size = (lanes)((bits & 0x7FFF) << 13) * 0x1p112f; /* the exponents' offsets differ by 112 */
+    return (lanes)((lanes_u32)size | (bits & 0x8000) << 16);
+}
+
+INLINE lanes load_small(const uint8_t *from) {
+    typedef uint8_t sixteen __attribute__((vector_size(16)));
+    sixteen x;
+    memcpy(&x, from, sizeof x);
+    return to_float((lanes_i32)__builtin_convertvector(x, lanes_i32));
+}
+
+#if HAS_AMX
+/* Linux lends the tiles on demand, once a process; 0 where it does not. */
+static int has_tiles(void) {
+    static int known; /* 0 not asked, 1 no, 2 yes: two threads that ask get the same answer */
+    if (!known) known = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0 ? 2 : 1;
+    return known == 2;
+}
+
+/* All eight tiles alike: 16 rows of 64 bytes; tiles 4 to 7 hold A, of `k` bytes a row, and B, of k/4 rows. */
+static void configure_tiles(int k) {
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } configuration __attribute__((aligned(64))) = {.palette = 1};
+    for (int tile = 0; tile < 8; tile++) {
+        configuration.row_bytes[tile] = tile == 4 || tile == 5 ? k : 64;
+        configuration.rows[tile] = tile == 6 || tile == 7 ? k / 4 : 16;
+    }
+    _tile_loadconfig(&configuration);
+}
+#else
+static int has_tiles(void) { return 0; }
+#endif
+
+#endif
