@@ -87,3 +87,11 @@ def test_another_triton_is_refused(monkeypatch):
     monkeypatch.setattr(triton, "__version__", "3.8.0")
     with pytest.raises(UsageError, match=r"3\.8\.0"):
         interpreter.mend()
+
+
+def test_an_argument_of_1_is_a_plain_number_as_in_the_compiler():
+    out = torch.zeros(1, dtype=torch.int64)
+    tile.launch(triton_cases.widened, (1,), out, 2)
+    assert out.item() == 2
+    with pytest.raises(AttributeError, match="to"):
+        tile.launch(triton_cases.widened, (1,), out, 1)

@@ -83,6 +83,11 @@ def product(a, b, out, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECIS
 
 
 @triton.jit
+def widened(out, count):
+    tl.store(out, count.to(tl.int64))
+
+
+@triton.jit
 def add_atomically(values, out, N: tl.constexpr, DISTINCT: tl.constexpr):
     at = tl.arange(0, N)
     tl.atomic_add(out + at % DISTINCT, tl.load(values + at), mask=at != 3)
@@ -115,8 +120,10 @@ def dotted(a: torch.Tensor, b: torch.Tensor, precision: str = "ieee") -> torch.T
 
 def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Compare to the bit; NaN equals NaN."""
-    return a.dtype == b.dtype and torch.equal(torch.isnan(a), torch.isnan(b)) and bool(
-        ((a == b) | torch.isnan(a)).all()
+    return (
+        a.dtype == b.dtype
+        and torch.equal(torch.isnan(a), torch.isnan(b))
+        and bool(((a == b) | torch.isnan(a)).all())
     )
 
 
@@ -223,6 +230,15 @@ def _int_is_rounded() -> bool:
     return equal(converted(given, BF16), given.to(BF16))
 
 
+def _fp16_is_rounded() -> bool:
+    given = numbers().half() * 1.003
+    return equal(converted(given, BF16), given.to(BF16))
+
+
+def _sorts() -> bool:
+    return equal(reduced("sort", numbers(), torch.empty(64, dtype=BF16)), numbers().sort().values)
+
+
 def _arguments_of_exp_are_promoted() -> bool:
     a = numbers()
     return equal(reduced("exp", a, torch.empty(64, dtype=BF16)), a.float().exp().to(BF16))
@@ -243,7 +259,9 @@ CASES: dict[str, Callable[[], bool]] = {
     "int to bf16": _int_is_rounded,
     "fp32 to bf16": _rounds_to_even,
     "fp32 NaN to bf16": _keeps_nan,
-    "fp16 to bf16": lambda: equal(converted(numbers().half() * 1.003, BF16), (numbers().half() * 1.003).to(BF16)),
+    "fp16 to bf16": lambda: equal(
+        converted(numbers().half() * 1.003, BF16), (numbers().half() * 1.003).to(BF16)
+    ),
     "fp32 to e4m3": lambda: _fp8_is_the_nearest(torch.float8_e4m3fn),
     "fp32 to e5m2": lambda: _fp8_is_the_nearest(torch.float8_e5m2),
     "e4m3 saturates": lambda: _fp8_saturates(torch.float8_e4m3fn),
@@ -253,7 +271,9 @@ CASES: dict[str, Callable[[], bool]] = {
     "max of nothing but NaN": _max_of_nan_is_silent,
     "fp32 dot is TF32": _tf32_is_coarse,
     "bf16 exp": _arguments_of_exp_are_promoted,
-    "bf16 sort": lambda: equal(reduced("sort", numbers(), torch.empty(64, dtype=BF16)), numbers().sort().values),
+    "bf16 sort": lambda: equal(
+        reduced("sort", numbers(), torch.empty(64, dtype=BF16)), numbers().sort().values
+    ),
 }
 SOUND: dict[str, Callable[[], bool]] = {  # right in the bare interpreter too
     "bf16 absolute": _is_right("absolute", lambda a, b: a.abs()),

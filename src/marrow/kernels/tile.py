@@ -6,19 +6,22 @@ a function alone, and importing an operator costs nothing.
 
 Operators start kernels by `launch` alone. On "meta" tensors nothing runs; inside `recording()` every launch
 is noted instead, with all that a compiler needs, so that what is compiled ahead of time for sm_90 is exactly
-what would run there.
+what would run there. Sizes of tiles come from `config`: the operator's default, or what was measured on the
+device (`configs/tables.py`).
 """
 
 import contextlib
+import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from marrow.kernels.configs import tables
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -26,29 +29,31 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IS_WANTED = IS_INTERPRETED or torch.version.cuda is not None or "MARROW_COMPILE" in os.environ
 
 triton: Any = None
-tl: Any
+
+
+class _Language:
+    """What a kernel's signature needs to be defined where Triton is not loaded."""
+
+    constexpr = object
+    dtype = object
+
+
+tl: Any = _Language
 if IS_WANTED:
     try:
-        import triton
-        import triton.language as tl
+        triton = importlib.import_module("triton")
+        tl = importlib.import_module("triton.language")
     except ImportError:
         IS_WANTED = False
 if IS_INTERPRETED and triton is not None:
     from marrow.kernels import interpreter  # here: it needs Triton
 
     interpreter.mend()
-if triton is None:
-
-    class tl:  # noqa: N801 (stands in for triton.language, whose names the annotations of kernels mention)
-        """What a kernel's signature needs to be defined."""
-
-        constexpr = object
-        dtype = object
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One launch that was recorded. arguments and constants: by parameter; options: num_warps and the like."""
+    """One launch that was recorded; arguments and constants by parameter, options: num_warps and the like."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -57,7 +62,23 @@ class Launch:
     options: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A configuration that an operator asked for, and what it could be besides."""
+
+    op: str
+    shape_class: str
+    default: dict[str, Any]
+    candidates: tuple[dict[str, Any], ...]
+
+
+# What a multiprocessor count and a compute capability are where there is no GPU.
+_PLANNED = {80: 108, 90: 132, 100: 148}
+
 _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
+_capability: ContextVar[int] = ContextVar("capability", default=90)
+_asked: ContextVar[list[Asked] | None] = ContextVar("asked", default=None)
+_forced: ContextVar[dict[tuple[str, str], dict[str, Any]] | None] = ContextVar("forced", default=None)
 
 
 def jit(function: F) -> F:
@@ -87,8 +108,51 @@ def path() -> dict[str, Any]:
 def multiprocessors(device: torch.device) -> int:
     """Return how many multiprocessors a device has; 2 stand for it in the interpreter."""
     if device.type != "cuda":
-        return 2 if device.type == "cpu" else 132
+        return 2 if device.type == "cpu" else _PLANNED[_capability.get()]
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def capability(device: torch.device) -> int:
+    """Return the compute capability of a device, such as 90; without a GPU, the one that is planned for."""
+    if device.type != "cuda":
+        return _capability.get()
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def config(
+    op: str,
+    shape_class: Hashable,
+    default: dict[str, Any],
+    candidates: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """Return the constants and options of a kernel: what was measured on this device, else the default.
+
+    Args: op: the operator's name, with a suffix where it has several kernels ("attention_backward").
+    shape_class: what the best choice depends on; its text is the key. candidates: what `tune` tries besides
+    the default. Entries of the table win over those of the default, one by one.
+    """
+    key = (op, str(shape_class))
+    if (asked := _asked.get()) is not None:
+        asked.append(Asked(*key, dict(default), tuple(map(dict, candidates))))
+    if (forced := _forced.get()) is not None and key in forced:
+        return default | forced[key]
+    if IS_INTERPRETED or _recorded.get() is not None or not torch.cuda.is_available():
+        return dict(default)
+    measured = tables.load(torch.cuda.get_device_name())
+    return default | measured.get(op, {}).get(key[1], {})
+
+
+@contextlib.contextmanager
+def configuring(forced: dict[tuple[str, str], dict[str, Any]] | None = None) -> Iterator[list[Asked]]:
+    """Note which configurations are asked for, and answer with `forced`: (op, shape class) -> entries."""
+    asked: list[Asked] = []
+    tokens = _asked.set(asked), _forced.set(forced)
+    try:
+        yield asked
+    finally:
+        _asked.reset(tokens[0])
+        _forced.reset(tokens[1])
 
 
 def row_options(columns: int, dtype: torch.dtype) -> dict[str, int]:
@@ -114,18 +178,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         given = dict(zip(names, arguments, strict=False))
         kept = {name: value for name, value in constants.items() if name in names}
         recorded.append(Launch(kernel, grid, given, kept, options))
+    elif IS_INTERPRETED and not any(isinstance(x, Tensor) and x.is_cuda for x in arguments):
+        interpreter.run(kernel, grid, arguments, constants)
     elif not any(isinstance(x, Tensor) and x.is_meta for x in arguments):
-        # The interpreter computes with numpy, which warns of infinities; a GPU does not.
-        with np.errstate(all="ignore") if IS_INTERPRETED else contextlib.nullcontext():
-            kernel[grid](*arguments, **constants)
+        kernel[grid](*arguments, **constants)
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Note launches instead of running them; give them "meta" tensors."""
+def recording(capability: int = 90) -> Iterator[list[Launch]]:
+    """Note launches instead of running them, as on a GPU of a capability; give them "meta" tensors."""
     launches: list[Launch] = []
-    token = _recorded.set(launches)
+    tokens = _recorded.set(launches), _capability.set(capability)
     try:
         yield launches
     finally:
-        _recorded.reset(token)
+        _recorded.reset(tokens[0])
+        _capability.reset(tokens[1])

@@ -11,22 +11,32 @@ import torch
 from torch import Tensor
 
 from marrow.kernels import native, tile
+from marrow.kernels.activations.rope_frequencies import RopeScaling, frequencies
 from marrow.kernels.dispatch import Example, Gradient, Operator
 from marrow.kernels.tile import tl
 
 
 def rope_angles(
-    positions_N: Tensor, head_size: int, theta: float, dtype: torch.dtype
+    positions_N: Tensor,
+    head_size: int,
+    theta: float,
+    dtype: torch.dtype,
+    *,
+    scaling: RopeScaling | None = None,
+    length: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return cosines and sines of the rotation angles.
 
     Args: positions_N: int64 [N], >= 0. head_size: even. dtype: of the result; angles are fp32.
+        scaling: how the context is stretched. length: tokens of the longest text, for dynamic scaling.
     Returns: cos_NE, sin_NE: [N, D/2].
     """
-    steps_E = torch.arange(0, head_size, 2, dtype=torch.float32, device=positions_N.device)
-    inverse_E = 1.0 / (theta ** (steps_E / head_size))
-    angles_NE = positions_N.to(torch.float32)[:, None] * inverse_E[None, :]
-    return angles_NE.cos().to(dtype), angles_NE.sin().to(dtype)
+    turn_E, factor = frequencies(head_size, theta, scaling, length=length, device=positions_N.device)
+    angles_NE = positions_N.to(torch.float32)[:, None] * turn_E[None, :]
+    cos_NE, sin_NE = angles_NE.cos(), angles_NE.sin()
+    if factor != 1.0:
+        cos_NE, sin_NE = cos_NE * factor, sin_NE * factor
+    return cos_NE.to(dtype), sin_NE.to(dtype)
 
 
 def rope(x_NHD: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
@@ -53,7 +63,20 @@ def rope_reference(x_NHD: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
 
 
 @tile.jit
-def _rotate(x, cos, sin, y, rows, heads, token_step, head_step, sign, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def _rotate(  # type: ignore[no-untyped-def]
+    x,
+    cos,
+    sin,
+    y,
+    rows,
+    heads,
+    token_step,
+    head_step,
+    sign,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """Rotate ROWS pairs of (token, head); SIZE is D/2."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     token, head = row // heads, row % heads
@@ -70,7 +93,7 @@ def _rotate(x, cos, sin, y, rows, heads, token_step, head_step, sign, SIZE: tl.c
 
 
 def _rotate_triton(x_NHD: Tensor, cos_NE: Tensor, sin_NE: Tensor, sign: float) -> Tensor:
-    """A program takes a few heads of one token or of neighbours, 2048 pairs in all."""
+    """Give each program a few heads of one token or of neighbours, 2048 pairs in all."""
     x_NHD, y_NHD = _rows(x_NHD), _empty(x_NHD, cos_NE, sin_NE)
     rows, heads, size = x_NHD.shape[0] * x_NHD.shape[1], x_NHD.shape[1], x_NHD.shape[2] // 2
     block = max(16, 1 << (size - 1).bit_length())
@@ -136,7 +159,7 @@ def _empty(x_NHD: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
 
 
 def _examples(dtype: torch.dtype, device: str) -> list[Example]:
-    """Queries of a small model and of a 7B model, keys of the latter out of a fused projection."""
+    """Return queries of a small and a 7B model, and keys of the latter in a fused projection."""
     examples = []
     for tokens, heads, channels, fused in ((8192, 4, 64, 4), (4096, 32, 128, 32), (4096, 8, 128, 48)):
         x_NHD = torch.randn(tokens, fused, channels, device=device, dtype=dtype)[:, :heads]

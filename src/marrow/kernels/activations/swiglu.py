@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from marrow.kernels import native, tile
+from marrow.kernels.activations.gated import gated_shape, gated_tiles
 from marrow.kernels.dispatch import Example, Gradient, Operator
 from marrow.kernels.tile import tl
 
@@ -51,7 +52,9 @@ def _forward(gate_up, y, rows, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):  
 
 
 @tile.jit
-def _backward(dy, gate_up, dgate_up, rows, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _backward(  # type: ignore[no-untyped-def]
+    dy, gate_up, dgate_up, rows, size, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (at < size)
@@ -66,10 +69,10 @@ def _backward(dy, gate_up, dgate_up, rows, size, ROWS: tl.constexpr, BLOCK: tl.c
 
 
 def forward_triton(gate_up_NG: Tensor) -> Tensor:
-    """A program takes a piece of a row, or several short rows."""
+    """Give each program a piece of a row, or several short rows."""
     gate_up_NG, y_NF = gate_up_NG.contiguous(), _empty(gate_up_NG)
-    rows, size = _shape(gate_up_NG)
-    grid, options = _tiles(rows, size)
+    rows, size = gated_shape(gate_up_NG)
+    grid, options = gated_tiles(rows, size)
     tile.launch(_forward, grid, gate_up_NG, y_NF, rows, size, **options)
     return y_NF
 
@@ -77,18 +80,10 @@ def forward_triton(gate_up_NG: Tensor) -> Tensor:
 def backward_triton(dy_NF: Tensor, gate_up_NG: Tensor) -> Tensor:
     """As forward."""
     gate_up_NG, result_NG = gate_up_NG.contiguous(), _empty_gradient(dy_NF, gate_up_NG)
-    rows, size = _shape(gate_up_NG)
-    grid, options = _tiles(rows, size)
+    rows, size = gated_shape(gate_up_NG)
+    grid, options = gated_tiles(rows, size)
     tile.launch(_backward, grid, dy_NF.contiguous(), gate_up_NG, result_NG, rows, size, **options)
     return result_NG
-
-
-def _tiles(rows: int, size: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """Return a grid of tiles of up to 2048 elements: two loads of 16 bytes a thread in bf16."""
-    block = min(2048, 1 << max(4, (size - 1).bit_length()))
-    rows_a_tile = 2048 // block
-    options = {"ROWS": rows_a_tile, "BLOCK": block, "num_warps": 4}
-    return (-(-rows // rows_a_tile), -(-size // block)), options
 
 
 # CPU
@@ -99,7 +94,7 @@ def forward_cpu(gate_up_NG: Tensor) -> Tensor:
     gate_up_NG, y_NF = gate_up_NG.contiguous(), _empty(gate_up_NG)
     native.function("swiglu", "swiglu_forward", "ppllii")(
         *native.pointers(gate_up_NG, y_NF),
-        *_shape(gate_up_NG),
+        *gated_shape(gate_up_NG),
         *(torch.get_num_threads(), native.type_of(y_NF)),
     )
     return y_NF
@@ -111,19 +106,13 @@ def backward_cpu(dy_NF: Tensor, gate_up_NG: Tensor) -> Tensor:
     result_NG = torch.empty_like(gate_up_NG)
     native.function("swiglu", "swiglu_backward", "pppllii")(
         *native.pointers(dy_NF, gate_up_NG, result_NG),
-        *_shape(gate_up_NG),
+        *gated_shape(gate_up_NG),
         *(torch.get_num_threads(), native.type_of(dy_NF)),
     )
     return result_NG
 
 
 # What all paths share
-
-
-def _shape(gate_up_NG: Tensor) -> tuple[int, int]:
-    """Return N and F."""
-    size = gate_up_NG.shape[-1] // 2
-    return gate_up_NG.numel() // max(1, 2 * size), size
 
 
 def _empty(gate_up_NG: Tensor) -> Tensor:
@@ -135,14 +124,12 @@ def _empty_gradient(dy_NF: Tensor, gate_up_NG: Tensor) -> Tensor:
 
 
 def _examples(dtype: torch.dtype, device: str) -> list[Example]:
-    """A small model, a 7B model, and one token of it."""
+    """Return a small model, a 7B model, and one token of it."""
     examples = []
     for rows, size in ((8192, 768), (4096, 11008), (1, 11008)):
         gate_up_NG = torch.randn(rows, 2 * size, device=device, dtype=dtype)
         elements = rows * size
-        examples.append(
-            Example(f"{rows}x{size}", (gate_up_NG,), 3 * elements * dtype.itemsize, 5 * elements)
-        )
+        examples.append(Example(f"{rows}x{size}", (gate_up_NG,), 3 * elements * dtype.itemsize, 5 * elements))
     return examples
 
 

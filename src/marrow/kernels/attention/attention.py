@@ -145,7 +145,7 @@ def forward_torch(
         o_BHTD, lse_BHT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q_BHTD, k_BKSD, v_BKSD, 0.0, is_plain, attn_mask=mask_B1TS
         )
-    return _tokens(o_BHTD), lse_BHT.transpose(0, 1).flatten(1)
+    return _tokens(o_BHTD), lse_BHT.transpose(0, 1).flatten(1).contiguous()
 
 
 def backward_torch(
@@ -287,7 +287,7 @@ def _tokens_first(x_MTD: Tensor, rows: int, num_heads: int) -> Tensor:
     """Copy [H B, T, D] to flat tokens [B T, K, D], summing the heads that share a kv head."""
     x_KGBTD = x_MTD.view(num_heads, -1, rows, *x_MTD.shape[1:])
     x_KBTD = x_KGBTD.sum(1) if x_KGBTD.shape[1] > 1 else x_KGBTD[:, 0]
-    return x_KBTD.permute(1, 2, 0, 3).flatten(0, 1)
+    return x_KBTD.permute(1, 2, 0, 3).flatten(0, 1).contiguous()
 
 
 def _rows(x_NHD: Tensor, row_tokens: int) -> Tensor:
@@ -297,7 +297,7 @@ def _rows(x_NHD: Tensor, row_tokens: int) -> Tensor:
 
 def _tokens(x_BHTD: Tensor) -> Tensor:
     """Flatten rows: [B, H, T, D] -> [B T, H, D]."""
-    return x_BHTD.transpose(1, 2).flatten(0, 1)
+    return x_BHTD.transpose(1, 2).flatten(0, 1).contiguous()
 
 
 # What all paths share

@@ -23,9 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from marrow.kernels import native
 from marrow.kernels.dispatch import Example, Operator
 
 QUANTISED = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # and the largest code
+CODES = {torch.int8: 1, torch.float8_e4m3fn: 2}  # in C
+SPLIT_KEYS = 1024  # of a sequence that one task reads on a CPU
 Scales = tuple[Tensor, Tensor]
 
 
@@ -235,6 +238,40 @@ def _buckets(some: list[int], ends: list[int]) -> Iterator[list[int]]:
     yield from groups.values()
 
 
+# CPU
+
+
+def forward_cpu(
+    q_NHD: Tensor,
+    keys_PSKD: Tensor,
+    values_PSKD: Tensor,
+    key_scales_PSK: Tensor | None,
+    value_scales_PSK: Tensor | None,
+    blocks_BM: Tensor,
+    starts_B: Tensor,
+    ends_B: Tensor,
+    max_queries: int,
+    max_keys: int,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """In C: long sequences in splits, shared among torch's threads."""
+    q_NHD, keys_PSKD, values_PSKD = (x.contiguous() for x in (q_NHD, keys_PSKD, values_PSKD))
+    scales = [x.float().contiguous() for x in (key_scales_PSK, value_scales_PSK) if x is not None]
+    tables = [x.int().contiguous() for x in (blocks_BM, starts_B, ends_B)]
+    o_NHD = torch.empty_like(q_NHD)
+    _, block_size, kv_heads, head_size = keys_PSKD.shape
+    native.function("paged_attention", "paged_attention_forward", "pppppppppllllllllffiii")(
+        *native.pointers(q_NHD, keys_PSKD, values_PSKD),
+        *(native.pointers(*scales) or (None, None)),
+        *native.pointers(*tables, o_NHD),
+        *(*blocks_BM.shape, block_size, q_NHD.shape[1], kv_heads, head_size, window, SPLIT_KEYS),
+        *(head_size**-0.5, softcap, torch.get_num_threads(), native.type_of(q_NHD)),
+        CODES.get(keys_PSKD.dtype, 0),
+    )
+    return o_NHD
+
+
 # What all paths share
 
 
@@ -280,3 +317,4 @@ def _examples(dtype: torch.dtype, device: str) -> list[Example]:
 
 OPERATOR = Operator("paged_attention", paged_attention_reference, fake=_empty, examples=_examples)
 OPERATOR.add("torch", forward_torch, dtypes=(torch.float32, torch.bfloat16, torch.float16))
+OPERATOR.add("cpu", forward_cpu, **native.path("paged_attention"))

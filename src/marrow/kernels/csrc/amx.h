@@ -47,6 +47,17 @@ INLINE int32_t dword_at(const int8_t *from) {
     return four;
 }
 
+/* To the nearest integer, ties to even; |x| below 2^22. The barrier keeps a product from being fused with the sum
+ * that rounds: what is rounded is the product in fp32, as in any other program. */
+INLINE lanes_i32 round_off(lanes x) {
+#ifdef __AVX512F__
+    return (lanes_i32)_mm512_cvtps_epi32((__m512)x);
+#else
+    __asm__("" : "+m"(x));
+    return (lanes_i32)(x + 12582912.0f) - 0x4B400000; /* 1.5 x 2^23 */
+#endif
+}
+
 INLINE lanes to_float(lanes_i32 x) { return __builtin_convertvector(x, lanes); }
 
 /* fp16 to fp32, exact; no infinities. */

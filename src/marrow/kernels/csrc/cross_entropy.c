@@ -8,7 +8,7 @@
 typedef struct {
     const void *logits;
     const int64_t *targets;
-    float *losses, *lses;
+    float *losses, *lses, *mosts, *rests;
     long columns;
     float smoothing, z;
 } cross_entropy;
@@ -16,11 +16,14 @@ typedef struct {
 INLINE void loss_of(const cross_entropy *given, long row, int type) {
     const void *x = row_of(given->logits, row, given->columns, type);
     long target = given->targets[row];
-    float lse = given->lses[row] = row_lse(x, given->columns, 1, 0, type);
-    float loss = 0;
+    row_sums sums = sum_row(x, given->columns, 1, 0, type);
+    float lse = given->lses[row] = sums.most + sums.rest, loss = 0;
+    given->mosts[row] = sums.most, given->rests[row] = sums.rest;
     if (target >= 0 && target < given->columns) {
-        loss = lse - (1 - given->smoothing) * element(x, target, type) + given->z * lse * lse;
-        if (given->smoothing != 0) loss -= given->smoothing / given->columns * row_sum(x, given->columns, type);
+        float keep = 1 - given->smoothing, below = sums.most - element(x, target, type);
+        loss = sums.rest + keep * below + given->z * lse * lse;
+        if (given->smoothing != 0)
+            loss += given->smoothing * (sums.most - row_sum(x, given->columns, type) / given->columns);
     } else if (target != IGNORE) {
         loss = __builtin_nanf("");
     }
@@ -41,50 +44,38 @@ INLINE void gradient(const cross_entropy *given, long row, float grad, float lse
     } else if (target < 0 || target >= given->columns) {
         target = -1, grad = __builtin_nanf("");
     }
-    float lse = given->lses[row];
-    row_gradient(x, to, given->columns, 1, lse, grad * (1 + 2 * given->z * lse) + lse_grad, 0,
+    row_sums sums = {given->mosts[row], given->rests[row], 0};
+    float lse = sums.most + sums.rest;
+    row_gradient(x, to, given->columns, 1, sums, grad * (1 + 2 * given->z * lse) + lse_grad, 0,
                  -grad * given->smoothing / given->columns, target, -grad * (1 - given->smoothing), type);
 }
 
-INLINE void forward(cross_entropy given, long rows, int threads, int type) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long row = 0; row < rows; row++) loss_of(&given, row, type);
-}
+/* The type is told apart inside the loops: OpenMP makes a function of each, which no constant reaches. */
+#define TYPED(call, ...) ((type) == BF16 ? call(__VA_ARGS__, BF16) : call(__VA_ARGS__, F32))
 
-INLINE void backward(cross_entropy given, const float *grads, const float *lse_grads, void *out, long rows,
-                     int threads, int type) {
+void cross_entropy_forward(const void *logits, const int64_t *targets, float *losses, float *lses,
+                           float *mosts, float *rests, long rows, long columns, float smoothing, float z, int threads, int type) {
+    cross_entropy given = {logits, targets, losses, lses, mosts, rests, columns, smoothing, z};
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long row = 0; row < rows; row++) gradient(&given, row, grads[row], lse_grads[row], out, type);
-}
-
-/* Losses, and the logits become the gradient of their sum. */
-INLINE void in_place(cross_entropy given, long rows, int threads, int type) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long row = 0; row < rows; row++) {
-        if (given.targets[row] == IGNORE) given.losses[row] = given.lses[row] = 0;
-        else loss_of(&given, row, type);
-        gradient(&given, row, 1, 0, (void *)given.logits, type);
-    }
-}
-
-void cross_entropy_forward(const void *logits, const int64_t *targets, float *losses, float *lses, long rows,
-                           long columns, float smoothing, float z, int threads, int type) {
-    cross_entropy given = {logits, targets, losses, lses, columns, smoothing, z};
-    if (type == BF16) forward(given, rows, threads, BF16);
-    else forward(given, rows, threads, F32);
+    for (long row = 0; row < rows; row++) TYPED(loss_of, &given, row);
 }
 
 void cross_entropy_backward(const float *grads, const float *lse_grads, const void *logits,
-                            const int64_t *targets, float *lses, void *out, long rows, long columns,
-                            float smoothing, float z, int threads, int type) {
-    cross_entropy given = {logits, targets, 0, lses, columns, smoothing, z};
-    if (type == BF16) backward(given, grads, lse_grads, out, rows, threads, BF16);
-    else backward(given, grads, lse_grads, out, rows, threads, F32);
+                            const int64_t *targets, float *mosts, float *rests, void *out, long rows,
+                            long columns, float smoothing, float z, int threads, int type) {
+    cross_entropy given = {logits, targets, 0, 0, mosts, rests, columns, smoothing, z};
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long row = 0; row < rows; row++) TYPED(gradient, &given, row, grads[row], lse_grads[row], out);
 }
 
-void cross_entropy_in_place(void *logits, const int64_t *targets, float *losses, float *lses, long rows,
-                            long columns, float smoothing, float z, int threads, int type) {
-    cross_entropy given = {logits, targets, losses, lses, columns, smoothing, z};
-    if (type == BF16) in_place(given, rows, threads, BF16);
-    else in_place(given, rows, threads, F32);
+/* Losses, and the logits become the gradient of their sum. */
+void cross_entropy_in_place(void *logits, const int64_t *targets, float *losses, float *lses,
+                            float *mosts, float *rests, long rows, long columns, float smoothing, float z, int threads, int type) {
+    cross_entropy given = {logits, targets, losses, lses, mosts, rests, columns, smoothing, z};
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long row = 0; row < rows; row++) {
+        if (targets[row] == IGNORE) losses[row] = lses[row] = mosts[row] = rests[row] = 0;
+        else TYPED(loss_of, &given, row);
+        TYPED(gradient, &given, row, 1, 0, logits);
+    }
 }

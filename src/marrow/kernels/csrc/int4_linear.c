@@ -11,6 +11,9 @@
 #define PANEL 16
 #define BLOCK 32      /* inputs whose order is mixed; a group has one or more whole blocks */
 #define TILE_ROWS 128 /* rows of x that share an unpacked group; their sums stay in L1 */
+/* PERF: with weights that no cache holds, 16 KiB ahead and into the second cache takes 0.88 of the time that
+ * 4 KiB ahead into the first takes; it is within 15 % of reading the same bytes and doing nothing. */
+#define AHEAD 16384
 #define FEW 6         /* rows for which VNNI beats tiles */
 
 typedef struct {
@@ -55,8 +58,7 @@ INLINE void quantise(const problem *p, const void *x, long row, int tiles, int t
             int8_t natural[BLOCK];
             lanes_i32 sum = {0};
             for (int half = 0; half < 2; half++) {
-                lanes some = load(from, at + half * LANES, type) * inverse + 12582912.0f;
-                lanes_i32 rounded = (lanes_i32)some - 0x4B400000; /* 1.5 x 2^23 */
+                lanes_i32 rounded = round_off(load(from, at + half * LANES, type) * inverse);
                 if (bad != bad) rounded = (lanes_i32){0};
                 sum += rounded;
                 typedef int8_t sixteen __attribute__((vector_size(16)));
@@ -81,8 +83,6 @@ INLINE void store_row(const problem *p, long row, long panel, lanes sum) {
 INLINE void few_rows(const problem *p, long panel, long first, const int count) {
     long groups = p->inputs / p->group, stride = padded(p->rows);
     const uint8_t *weight = p->weight + panel * p->inputs * (PANEL / 2);
-    const uint16_t *scales = p->scales + panel * groups * PANEL;
-    const uint8_t *zeros = p->zeros + panel * groups * PANEL;
     const int8_t *x = p->x + first * p->inputs;
     lanes sums[FEW] = {{0}};
     for (long g = 0; g < groups; g++) {
@@ -90,7 +90,7 @@ INLINE void few_rows(const problem *p, long panel, long first, const int count) 
         for (long block = 0; block < p->group; block += BLOCK) {
 #pragma GCC unroll 4
             for (int vector = 0; vector < 4; vector++) {
-                __builtin_prefetch(weight + 4096);
+                __builtin_prefetch(weight + AHEAD, 0, 2);
                 bytes packed = load_bytes(weight);
                 bytes even = packed & 15, odd = (bytes)((lanes_u32)packed >> 4) & 15;
 #pragma GCC unroll 8
@@ -103,11 +103,13 @@ INLINE void few_rows(const problem *p, long panel, long first, const int count) 
             }
             x += BLOCK;
         }
-        lanes scale = load_half(scales + g * PANEL), zero = load_small(zeros + g * PANEL);
+        long at = (panel * groups + g) * PANEL;
+        lanes scale = load_half(p->scales + at), zero = load_small(p->zeros + at);
 #pragma GCC unroll 8
         for (int row = 0; row < count; row++) {
-            lanes exact = to_float(low[row] + high[row]) - zero * p->x_sums[g * stride + first + row];
-            sums[row] += exact * (scale * p->x_scales[g * stride + first + row]);
+            long place = g * stride + first + row;
+            lanes exact = to_float(low[row] + high[row]) - zero * p->x_sums[place];
+            sums[row] += exact * (scale * p->x_scales[place]);
         }
     }
     for (int row = 0; row < count; row++) store_row(p, first + row, panel, sums[row]);
@@ -144,7 +146,7 @@ static void by_tiles(const problem *p, long panel, long first, long count) {
         for (long at = 0; at < p->group * PANEL; at += BLOCK * PANEL)
 #pragma GCC unroll 4
             for (int vector = 0; vector < 4; vector++) {
-                __builtin_prefetch(weight + 4096);
+                __builtin_prefetch(weight + AHEAD, 0, 2);
                 bytes packed = load_bytes(weight);
                 store_bytes(unpacked + at + 64 * vector, packed & 15);
                 store_bytes(unpacked + at + 64 * vector + 256, (bytes)((lanes_u32)packed >> 4) & 15);

@@ -13,6 +13,7 @@
 #endif
 
 #define LANES 16
+#define STREAMED_BYTES (4L << 20)
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float lanes __attribute__((vector_size(64)));
@@ -37,8 +38,12 @@ INLINE float bf16_to_float(uint16_t half) {
 }
 
 INLINE lanes widen(lanes_u16 half) {
+#ifdef __AVX512F__ /* PERF: GCC 12 makes five instructions of the conversion below, for this one */
+    return (lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)half), 16);
+#else
     lanes_u32 bits = __builtin_convertvector(half, lanes_u32) << 16;
     return (lanes)bits;
+#endif
 }
 
 /* To bf16, ties to even; a NaN stays one. */
@@ -117,6 +122,66 @@ INLINE void store_some(void *to, long at, long count, lanes x, int type) {
     else store_part(to, at, count, x, type);
 }
 
+/* Thirty-two at a time: a cache line of bf16, and two chains for the processor to overlap. */
+typedef struct {
+    lanes low, high;
+} pair;
+
+INLINE pair load_pair(const void *from, long at, long count, int type) {
+    if (count >= 2 * LANES) return (pair){load(from, at, type), load(from, at + LANES, type)};
+    if (count <= LANES) return (pair){load_some(from, at, count, type), all(0)};
+    return (pair){load(from, at, type), load_part(from, at + LANES, count - LANES, type)};
+}
+
+/* `is_streamed`: whole lines go past the caches to memory; see streamed(). */
+INLINE void store_pair(void *to, long at, long count, pair x, int type, int is_streamed) {
+    if (count < 2 * LANES) {
+        store_some(to, at, count, x.low, type);
+        if (count > LANES) store_part(to, at + LANES, count - LANES, x.high, type);
+        return;
+    }
+#ifdef __AVX512F__
+    if (type == BF16) {
+#ifdef __AVX512BF16__
+        __m512i line = (__m512i)_mm512_cvtne2ps_pbh((__m512)x.high, (__m512)x.low);
+#else
+        __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)narrow(x.low)), (__m256i)narrow(x.high), 1);
+#endif
+        if (is_streamed) _mm512_stream_si512((void *)((uint16_t *)to + at), line);
+        else _mm512_storeu_si512((uint16_t *)to + at, line);
+        return;
+    }
+    if (is_streamed) {
+        _mm512_stream_ps((float *)to + at, (__m512)x.low);
+        _mm512_stream_ps((float *)to + at + LANES, (__m512)x.high);
+        return;
+    }
+#endif
+    store(to, at, x.low, type);
+    store(to, at + LANES, x.high, type);
+}
+
+/* Whether rows of a result are streamed: more bytes than the caches near a core hold, which nobody finds there
+ * later, and rows of whole lines. It saves reading each line before it is overwritten. */
+INLINE int streamed(const void *to, long rows, long columns, int type) {
+    long row_bytes = columns * (type == BF16 ? 2 : 4);
+    return rows * row_bytes > STREAMED_BYTES && row_bytes % 64 == 0 && (uintptr_t)to % 64 == 0;
+}
+
+/* Streamed stores are in memory before other threads go on. */
+INLINE void finish_stores(void) {
+#ifdef __AVX512F__
+    _mm_sfence();
+#endif
+}
+
+/* Ask for the lines of a pair; harmless behind the end of a tensor. Streamed stores leave the processor's own
+ * prefetching idle: without this they would be slower than plain ones. */
+INLINE void prefetch_pair(const void *from, long at, int type) {
+    __builtin_prefetch(elements(from, at, type));
+    if (type != BF16) __builtin_prefetch(elements(from, at + LANES, type));
+}
+
 INLINE lanes blend(lanes_i32 mask, lanes yes, lanes no) {
     return (lanes)(((lanes_i32)yes & mask) | ((lanes_i32)no & ~mask));
 }
@@ -182,7 +247,22 @@ INLINE lanes reciprocal_of(lanes x) {
 #endif
 }
 
-INLINE lanes sigmoid_of(lanes x) { return reciprocal_of(1.0f + exp_of(-x)); }
+/* 1 / (1 + e^-x), to 3 ulp of fp32 or, for results in bf16, to 2^-13. */
+INLINE lanes sigmoid_of(lanes x, int type) {
+#ifdef __AVX512DQ__
+    if (type == BF16) { /* PERF: half the instructions; in cache SwiGLU takes 0.48x of the time */
+        __m512 t = (__m512)(x * -1.44269504f); /* 2^t = 2^floor(t) 2^f, 0 <= f < 1, also for infinite t */
+        lanes f = (lanes)_mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF);
+        lanes p = all(1.35341669e-2f);
+        p = p * f + 5.20114638e-2f;
+        p = p * f + 2.41442755e-1f;
+        p = p * f + 6.93003833e-1f;
+        p = p * f + 1.0f;
+        return (lanes)_mm512_rcp14_ps((__m512)(1.0f + (lanes)_mm512_scalef_ps((__m512)p, t)));
+    }
+#endif
+    return reciprocal_of(1.0f + exp_of(-x));
+}
 
 /* tanh to 2 ulp or so: odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel. */
 INLINE lanes tanh_of(lanes x) {

@@ -1,7 +1,9 @@
 /* What a loss over rows of logits needs: a row's log-sum-exp and its gradient, in fp32.
  *
- * With y = x scale and p = e^(y - lse), every gradient here has the form p (a + b y) + c, and `d` more at the
- * row's target. A row is read from memory once: the later passes find it in the cache.
+ * With y = (x - most) scale and rest = log(sum(e^y)), a row's log-sum-exp is most scale + rest, and
+ * p = e^(y - rest): the two are kept apart, for their sum loses what is small beside large logits. Every
+ * gradient here has the form p (a + b y) + c, and `d` more at the row's target. A row is read from memory once:
+ * the later passes find it in the cache.
  */
 #ifndef SOFTMAX_ROWS_H
 #define SOFTMAX_ROWS_H
@@ -28,16 +30,45 @@ INLINE lanes only(lanes x, long count, float other) {
     return blend((lanes_i32)(number < (int32_t)count), x, all(other));
 }
 
+/* e^x for x up to 88, in fewer steps than exp_of(): nothing to look for above, and one instruction scales. */
+INLINE lanes exp_below(lanes x) {
+#ifdef __AVX512F__
+    lanes y = (lanes)_mm512_max_ps((__m512)all(-110.0f), (__m512)x); /* a NaN stays one: it is the second */
+    const int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    lanes n = (lanes)_mm512_roundscale_ps((__m512)(y * 1.44269504f), nearest);
+    lanes r = y - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    lanes p = all(1.38145395e-3f); /* a minimax fit */
+    p = p * r + 8.36874545e-3f;
+    p = p * r + 4.16683890e-2f;
+    p = p * r + 1.66665211e-1f;
+    p = p * r + 4.99999940e-1f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return (lanes)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    return exp_of(x);
+#endif
+}
+
+INLINE lanes larger_of(lanes a, lanes b) { /* b where one is NaN, as larger() */
+#ifdef __AVX512F__
+    return (lanes)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return larger(a, b);
+#endif
+}
+
 INLINE float row_max(const void *x, long columns, int type) {
     const float none = -__builtin_inff();
     lanes most[4] = {all(none), all(none), all(none), all(none)};
     long at = 0;
     for (; at + 4 * LANES <= columns; at += 4 * LANES)
-        for (int i = 0; i < 4; i++) most[i] = larger(most[i], load(x, at + i * LANES, type));
-    for (; at + LANES <= columns; at += LANES) most[0] = larger(most[0], load(x, at, type));
+        for (int i = 0; i < 4; i++) most[i] = larger_of(most[i], load(x, at + i * LANES, type));
+    for (; at + LANES <= columns; at += LANES) most[0] = larger_of(most[0], load(x, at, type));
     if (at < columns)
-        most[1] = larger(most[1], only(load_part(x, at, columns - at, type), columns - at, none));
-    return largest_of(larger(larger(most[0], most[1]), larger(most[2], most[3])));
+        most[1] = larger_of(most[1], only(load_part(x, at, columns - at, type), columns - at, none));
+    return largest_of(larger_of(larger_of(most[0], most[1]), larger_of(most[2], most[3])));
 }
 
 INLINE float row_sum(const void *x, long columns, int type) {
@@ -48,53 +79,57 @@ INLINE float row_sum(const void *x, long columns, int type) {
     return sum_of(sums[0] + sums[1]);
 }
 
-/* log(sum(e^y)); `expected`, unless it is NULL, becomes sum(p y). scale > 0. */
-INLINE float row_lse(const void *x, long columns, float scale, float *expected, int type) {
-    float shift = row_max(x, columns, type) * scale;
-    if (shift == -__builtin_inff()) shift = 0; /* nothing but -inf: the sum is 0 */
+typedef struct {
+    float most, rest, expected;
+} row_sums;
+
+/* `expected`, where it is wanted, becomes sum(p y). scale > 0. */
+INLINE row_sums sum_row(const void *x, long columns, float scale, int is_expected, int type) {
+    float most = row_max(x, columns, type);
+    if (most == -__builtin_inff()) most = 0; /* nothing but -inf: the sum is 0 */
     lanes sums[4] = {{0}}, products[4] = {{0}};
     long at = 0;
     for (; at + 4 * LANES <= columns; at += 4 * LANES)
         for (int i = 0; i < 4; i++) {
-            lanes y = load(x, at + i * LANES, type) * scale, e = exp_of(y - shift);
+            lanes y = (load(x, at + i * LANES, type) - most) * scale, e = exp_below(y);
             sums[i] += e;
-            if (expected) products[i] += blend((lanes_i32)(e > 0.0f), e * y, all(0));
+            if (is_expected) products[i] += blend((lanes_i32)(e > 0.0f), e * y, all(0));
         }
     for (; at < columns; at += LANES) {
         long count = columns - at;
         lanes some = count >= LANES ? load(x, at, type) : load_part(x, at, count, type);
-        lanes y = some * scale, e = exp_of(y - shift);
+        lanes y = (some - most) * scale, e = exp_below(y);
         if (count < LANES) e = only(e, count, 0);
         sums[0] += e;
-        if (expected) products[0] += blend((lanes_i32)(e > 0.0f), e * y, all(0));
+        if (is_expected) products[0] += blend((lanes_i32)(e > 0.0f), e * y, all(0));
     }
     float sum = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    if (expected) *expected = sum_of((products[0] + products[1]) + (products[2] + products[3])) / sum;
-    return logf(sum) + shift;
+    float product = sum_of((products[0] + products[1]) + (products[2] + products[3]));
+    return (row_sums){most, logf(sum), product / sum};
 }
 
-INLINE lanes gradient_of(lanes x, float scale, float lse, float a, float b, float c) {
-    lanes y = x * scale, p = exp_of(y - lse);
+INLINE lanes gradient_of(lanes x, float scale, row_sums row, float a, float b, float c) {
+    lanes y = (x - row.most) * scale, p = exp_below(y - row.rest);
     if (b == 0) return p * a + c;
     return p * a + blend((lanes_i32)(p > 0.0f), p * y, all(0)) * b + c;
 }
 
 /* `out` may be `x`. A target below 0 is none. */
-INLINE void row_gradient(const void *x, void *out, long columns, float scale, float lse, float a, float b,
+INLINE void row_gradient(const void *x, void *out, long columns, float scale, row_sums row, float a, float b,
                          float c, long target, float d, int type) {
-    float there = target < 0 ? 0 : gradient_of(all(element(x, target, type)), scale, lse, a, b, c)[0] + d;
+    float there = target < 0 ? 0 : gradient_of(all(element(x, target, type)), scale, row, a, b, c)[0] + d;
     long at = 0;
     if (b == 0) /* a loop of its own */
         for (; at + 2 * LANES <= columns; at += 2 * LANES)
             for (int i = 0; i < 2; i++) {
                 lanes some = load(x, at + i * LANES, type);
-                store(out, at + i * LANES, gradient_of(some, scale, lse, a, 0, c), type);
+                store(out, at + i * LANES, gradient_of(some, scale, row, a, 0, c), type);
             }
     for (; at + LANES <= columns; at += LANES)
-        store(out, at, gradient_of(load(x, at, type), scale, lse, a, b, c), type);
+        store(out, at, gradient_of(load(x, at, type), scale, row, a, b, c), type);
     if (at < columns) {
         lanes some = load_part(x, at, columns - at, type);
-        store_part(out, at, columns - at, gradient_of(some, scale, lse, a, b, c), type);
+        store_part(out, at, columns - at, gradient_of(some, scale, row, a, b, c), type);
     }
     if (target >= 0) set_element(out, target, there, type);
 }

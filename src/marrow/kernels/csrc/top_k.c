@@ -1,6 +1,8 @@
 /* The best k inner products of each query. The reference is kernels/search/top_k.py. */
 #include "top_k.h"
 
+enum { BLOCK_ROWS = 128, BLOCK_QUERIES = 16, APART = 64 };
+
 /* What a thread works on: rows first to last of the list (all rows where it is NULL). */
 typedef struct {
     const float *queries; /* [num_queries, padded columns] */
@@ -16,32 +18,35 @@ INLINE int64_t row_of(const task *t, long at) {
     return t->list ? t->list[at] : at;
 }
 
+/* One query, bound by memory: rows from four places at once, each place read in order.
+ * PERF: neighbouring rows side by side take 1.1 (fp32) to 1.6 times (bf16) as long: prefetchers lose track. */
+INLINE void search_one(const task *t, int type) {
+    for (long block = t->first; block < t->last; block += GROUP * APART)
+        for (long at = block; at < block + APART; at += GROUP) {
+            lanes sums[LANES] = {{0}};
+            for (int i = 0; i < GROUP; i++) {
+                const void *rows[GROUP];
+                for (int r = 0; r < GROUP; r++)
+                    rows[r] = row_at(t->vectors, row_of(t, at + i + r * APART), t->columns, type);
+                add_products(rows, &t->queries, 1, t->columns, type, sums + i * GROUP);
+            }
+            lanes scores = sums_of(sums);
+            for (uint32_t hits = at_least(scores, all(t->heaps[0].score)); hits; hits &= hits - 1) {
+                int lane = __builtin_ctz(hits);
+                long row = at + lane / GROUP + lane % GROUP * APART;
+                if (row < t->last) offer(t->heaps, t->k, scores[lane], row_of(t, row));
+            }
+        }
+}
+
 static void take(const task *t, uint32_t hits, const float *scores, long query, long at) {
     for (; hits; hits &= hits - 1) {
         int lane = __builtin_ctz(hits);
-        long q = query + lane / GROUP, r = at + lane % GROUP;
-        if (q >= t->num_queries || r >= t->last || !(scores[lane] > t->worst[q * GROUP])) continue;
-        float worst = replace_worst(t->heaps + q * t->k, t->k, scores[lane], row_of(t, r));
-        for (int i = 0; i < GROUP; i++) t->worst[q * GROUP + i] = worst;
-    }
-}
-
-/* One query: sixteen rows at a time, bound by memory. */
-INLINE void search_one(const task *t, int type) {
-    for (long at = t->first; at < t->last; at += LANES) {
-        lanes sums[LANES] = {{0}};
-        for (int g = 0; g < LANES; g += GROUP) {
-            const void *rows[GROUP];
-            for (int r = 0; r < GROUP; r++) rows[r] = row_at(t->vectors, row_of(t, at + g + r), t->columns, type);
-            add_products(rows, &t->queries, 1, t->columns, type, sums + g);
-        }
-        lanes scores = sums_of(sums);
-        uint32_t hits = greater(scores, all(t->worst[0]));
-        for (; hits; hits &= hits - 1) {
-            int lane = __builtin_ctz(hits);
-            if (at + lane < t->last && scores[lane] > t->worst[0])
-                t->worst[0] = replace_worst(t->heaps, t->k, scores[lane], row_of(t, at + lane));
-        }
+        long q = query + lane / GROUP, row = at + lane % GROUP;
+        if (q >= t->num_queries || row >= t->last) continue;
+        found *heap = t->heaps + q * t->k;
+        offer(heap, t->k, scores[lane], row_of(t, row));
+        for (int i = 0; i < GROUP; i++) t->worst[q * GROUP + i] = heap[0].score;
     }
 }
 
@@ -63,7 +68,7 @@ INLINE void search_many(const task *t, int type) {
                     lanes sums[LANES] = {{0}};
                     add_products(rows, queries, GROUP, t->columns, type, sums);
                     lanes scores = sums_of(sums);
-                    uint32_t hits = greater(scores, load(t->worst, query * GROUP, F32));
+                    uint32_t hits = at_least(scores, load(t->worst, query * GROUP, F32));
                     if (__builtin_expect(hits != 0, 0)) {
                         float each[LANES];
                         store(each, 0, scores, F32);
@@ -75,7 +80,7 @@ INLINE void search_many(const task *t, int type) {
     }
 }
 
-/* queries: fp32 [num_queries, padded], padded to whole sixteens as load_last() says. list: num_rows rows to
+/* queries: fp32 [num_queries, padded], padded with zeros to whole sixteens. list: num_rows rows to
  * look at, rising, or NULL for all. Results are sorted, best first, equal scores by row; -1 and -inf behind. */
 void top_k(const float *queries, const void *vectors, const int64_t *list, float *scores, int64_t *indices,
            long num_queries, long num_rows, long columns, long k, int threads, int type) {

@@ -11,7 +11,7 @@
 
 #include "lanes.h"
 
-enum { GROUP = 4, BLOCK_ROWS = 128, BLOCK_QUERIES = 16 };
+enum { GROUP = 4 };
 
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -43,30 +43,20 @@ INLINE lanes sums_of(const lanes x[LANES]) {
     return add_quarters(add_quarters(fours[0], fours[1]), add_quarters(fours[2], fours[3]));
 }
 
-/* A bit for each lane in which a > b. */
-INLINE uint32_t greater(lanes a, lanes b) {
+/* A bit for each lane in which a >= b. */
+INLINE uint32_t at_least(lanes a, lanes b) {
 #ifdef __AVX512F__
-    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
 #else
     uint32_t bits = 0;
-    lanes_i32 is = (lanes_i32)(a > b);
+    lanes_i32 is = (lanes_i32)(a >= b);
     for (int i = 0; i < LANES; i++) bits |= (uint32_t)(is[i] & 1) << i;
     return bits;
 #endif
 }
 
-/* The last, incomplete sixteen columns of a row: what stands before them is masked, not read beyond. */
-INLINE lanes load_last(const void *row, long columns, long rest, int type) {
-    if (columns < LANES) return load_part(row, 0, rest, type);
-    static const int32_t masks[2 * LANES] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-                                             -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
-    lanes_i32 mask;
-    memcpy(&mask, masks + rest, sizeof mask);
-    return (lanes)((lanes_i32)load(row, columns - LANES, type) & mask);
-}
-
 /* Add the products of GROUP rows with `count` queries (constant: 1 or GROUP) into sums[query][row].
- * A query is padded: its incomplete last sixteen columns lie as load_last() puts those of a row. */
+ * Queries are padded with zeros to whole sixteens. */
 INLINE void add_products(const void *const rows[GROUP], const float *const queries[], int count, long columns,
                          int type, lanes *sums) {
     long at = 0;
@@ -77,12 +67,12 @@ INLINE void add_products(const void *const rows[GROUP], const float *const queri
         }
     if (at < columns)
         for (int r = 0; r < GROUP; r++) {
-            lanes values = load_last(rows[r], columns, columns - at, type);
+            lanes values = load_part(rows[r], at, columns - at, type);
             for (int q = 0; q < count; q++) sums[q * GROUP + r] += values * load(queries[q], at, F32);
         }
 }
 
-/* A result; the worst of a query's k is at the root of a heap. */
+/* A result. The worst of a query's k is at the root of a heap; row -1 stands for none. */
 typedef struct {
     float score;
     int64_t row;
@@ -90,9 +80,10 @@ typedef struct {
 
 INLINE int is_worse(found a, found b) { return a.score < b.score || (a.score == b.score && a.row > b.row); }
 
-/* Replace the root; returns the new worst score. */
-static float replace_worst(found *heap, long k, float score, int64_t row) {
+/* Take a result if it is better than the worst of a heap. */
+static void offer(found *heap, long k, float score, int64_t row) {
     found mine = {score, row};
+    if (!is_worse(heap[0], mine)) return; /* nor NaN */
     long at = 0;
     for (;;) {
         long child = 2 * at + 1;
@@ -103,7 +94,6 @@ static float replace_worst(found *heap, long k, float score, int64_t row) {
         at = child;
     }
     heap[at] = mine;
-    return heap[0].score;
 }
 
 static int best_first(const void *a, const void *b) {
@@ -117,19 +107,19 @@ static void merge(found *heaps, int parts, long num_queries, long k, float *scor
         for (int part = 1; part < parts; part++)
             for (long i = 0; i < k; i++) {
                 found one = heaps[(part * num_queries + q) * k + i];
-                if (is_worse(heap[0], one)) replace_worst(heap, k, one.score, one.row);
+                offer(heap, k, one.score, one.row);
             }
         qsort(heap, k, sizeof *heap, best_first);
         for (long i = 0; i < k; i++) {
             scores[q * k + i] = heap[i].score;
-            indices[q * k + i] = heap[i].row == INT64_MAX ? -1 : heap[i].row;
+            indices[q * k + i] = heap[i].row;
         }
     }
 }
 
 static found *empty_heaps(long count) {
     found *heaps = malloc((size_t)count * sizeof *heaps);
-    for (long i = 0; heaps && i < count; i++) heaps[i] = (found){-__builtin_inff(), INT64_MAX};
+    for (long i = 0; heaps && i < count; i++) heaps[i] = (found){-__builtin_inff(), -1};
     return heaps;
 }
 

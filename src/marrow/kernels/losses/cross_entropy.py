@@ -5,11 +5,14 @@
     dx = p (1 + 2 z lse) - s / V - (1 - s) [at the target]
 
 Bound by memory: a row is read once from memory and once from the cache, the logits' gradient is all
-that backward writes, and the only thing kept for it besides the logits is one lse a row. `in_place` makes
-losses and gradient in one pass over logits that nobody needs any more, for `linear_cross_entropy`.
+that backward writes, and all that is kept for it besides the logits is a row's largest logit and the rest of
+its lse (apart, for their sum loses digits). `in_place` makes losses and gradient in one pass over logits that
+nobody needs any more, for `linear_cross_entropy`.
 
 Axes: N rows, V vocabulary. s: label smoothing (Szegedy et al. 2016). z: z-loss (Chowdhery et al. 2022).
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,34 +57,37 @@ def cross_entropy_reference(
 
 
 @tile.jit
-def row_lse(x, columns, scale, BLOCK: tl.constexpr, EXPECTED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return log(sum(e^y)) of a row, y = x scale, and sum(p y) where EXPECTED; online, one read."""
+def sum_row(x, columns, scale, BLOCK: tl.constexpr, EXPECTED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return a row's largest x, `rest` = log(sum(e^y)), y = (x - largest) scale, and sum(p y) if EXPECTED."""
     at = tl.arange(0, BLOCK)
     most = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
     product = tl.zeros([], tl.float32)
     for start in range(0, columns, BLOCK):
-        inside = start + at < columns
-        y = tl.load(x + start + at, mask=inside, other=float("-inf")).to(tl.float32) * scale
-        after = tl.maximum(most, tl.max(y, 0))
+        some = tl.load(x + start + at, mask=start + at < columns, other=float("-inf")).to(tl.float32)
+        after = tl.maximum(most, tl.max(some, 0))
         shift = tl.where(after == float("-inf"), 0.0, after)  # nothing but -inf so far
-        e = tl.exp(y - shift)
-        keep = tl.exp(most - shift)
-        total = total * keep + tl.sum(e, 0)
+        y = (some - shift) * scale
+        e = tl.exp(y)
+        change = tl.where(most == float("-inf"), 0.0, (most - shift) * scale)
+        keep = tl.exp(change)
         if EXPECTED:
-            product = product * keep + tl.sum(tl.where(e > 0.0, e * y, 0.0), 0)
+            product = (product + total * change) * keep + tl.sum(tl.where(e > 0.0, e * y, 0.0), 0)
+        total = total * keep + tl.sum(e, 0)
         most = after
-    return tl.log(total) + tl.where(most == float("-inf"), 0.0, most), product / total
+    return tl.where(most == float("-inf"), 0.0, most), tl.log(total), product / total
 
 
 @tile.jit
-def row_gradient(x, out, columns, scale, lse, a, b, c, target, d, BLOCK: tl.constexpr, HAS_B: tl.constexpr):  # type: ignore[no-untyped-def]
+def row_gradient(  # type: ignore[no-untyped-def]
+    x, out, columns, scale, most, rest, a, b, c, target, d, BLOCK: tl.constexpr, HAS_B: tl.constexpr
+):
     """Write p (a + b y) + c, and d more at the target. `out` may be `x`."""
     at = tl.arange(0, BLOCK)
     for start in range(0, columns, BLOCK):
         inside = start + at < columns
-        y = tl.load(x + start + at, mask=inside, other=float("-inf")).to(tl.float32) * scale
-        p = tl.exp(y - lse)
+        y = (tl.load(x + start + at, mask=inside, other=float("-inf")).to(tl.float32) - most) * scale
+        p = tl.exp(y - rest)
         grad = p * a + c
         if HAS_B:
             grad += tl.where(p > 0.0, p * y, 0.0) * b
@@ -90,80 +96,114 @@ def row_gradient(x, out, columns, scale, lse, a, b, c, target, d, BLOCK: tl.cons
 
 
 @tile.jit
-def _row_loss(x, target, columns, smoothing, z, BLOCK: tl.constexpr, SMOOTHED: tl.constexpr):  # type: ignore[no-untyped-def]
-    lse, _ = row_lse(x, columns, 1.0, BLOCK, False)
+def _row_forward(  # type: ignore[no-untyped-def]
+    x,
+    row,
+    targets,
+    losses,
+    lses,
+    mosts,
+    rests,
+    columns,
+    smoothing,
+    z,
+    BLOCK: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+):
+    target = tl.load(targets + row)
+    most, rest, _ = sum_row(x, columns, 1.0, BLOCK, False)
+    lse = most + rest
     is_inside = (target >= 0) & (target < columns)
     picked = tl.load(x + target, mask=is_inside, other=float("nan")).to(tl.float32)
-    loss = lse - (1.0 - smoothing) * picked + z * lse * lse
+    loss = rest + (1.0 - smoothing) * (most - picked) + z * lse * lse
     if SMOOTHED:
         at = tl.arange(0, BLOCK)
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, columns, BLOCK):
             total += tl.load(x + start + at, mask=start + at < columns, other=0.0).to(tl.float32)
-        loss -= smoothing * tl.sum(total, 0) / columns
-    return tl.where(target == -100, 0.0, loss), lse
-
-
-@tile.jit
-def _forward(
-    logits, targets, losses, lses, columns, smoothing, z, BLOCK: tl.constexpr, SMOOTHED: tl.constexpr
-):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets + row)
-    loss, lse = _row_loss(logits + row * columns, target, columns, smoothing, z, BLOCK, SMOOTHED)
-    tl.store(losses + row, loss)
+        loss += smoothing * (most - tl.sum(total, 0) / columns)
+    tl.store(losses + row, tl.where(target == -100, 0.0, loss))
     tl.store(lses + row, lse)
+    tl.store(mosts + row, most)
+    tl.store(rests + row, rest)
+    return target, most, rest
 
 
 @tile.jit
-def _row_backward(x, out, target, lse, grad, lse_grad, columns, smoothing, z, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _row_backward(  # type: ignore[no-untyped-def]
+    x, out, target, most, rest, grad, lse_grad, columns, smoothing, z, BLOCK: tl.constexpr
+):
     is_inside = (target >= 0) & (target < columns)
     grad = tl.where(target == -100, 0.0, tl.where(is_inside, grad, float("nan")))
-    a = grad * (1.0 + 2.0 * z * lse) + lse_grad
-    c = -grad * smoothing / columns
-    row_gradient(x, out, columns, 1.0, lse, a, 0.0, c, target, -grad * (1.0 - smoothing), BLOCK, False)
+    a = grad * (1.0 + 2.0 * z * (most + rest)) + lse_grad
+    c, d = -grad * smoothing / columns, -grad * (1.0 - smoothing)
+    row_gradient(x, out, columns, 1.0, most, rest, a, 0.0, c, target, d, BLOCK, False)
 
 
 @tile.jit
-def _backward(grads, lse_grads, logits, targets, lses, out, columns, smoothing, z, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0).to(tl.int64)
-    x, to = logits + row * columns, out + row * columns
-    grad, lse_grad = tl.load(grads + row), tl.load(lse_grads + row)
-    target, lse = tl.load(targets + row), tl.load(lses + row)
-    _row_backward(x, to, target, lse, grad, lse_grad, columns, smoothing, z, BLOCK)
-
-
-@tile.jit
-def _in_place(
-    logits, targets, losses, lses, columns, smoothing, z, BLOCK: tl.constexpr, SMOOTHED: tl.constexpr
-):  # type: ignore[no-untyped-def]
+def _forward(  # type: ignore[no-untyped-def]
+    logits,
+    targets,
+    losses,
+    lses,
+    mosts,
+    rests,
+    columns,
+    smoothing,
+    z,
+    BLOCK: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     x = logits + row * columns
-    target = tl.load(targets + row)
-    loss, lse = _row_loss(x, target, columns, smoothing, z, BLOCK, SMOOTHED)
-    tl.store(losses + row, loss)
-    tl.store(lses + row, lse)
+    _row_forward(x, row, targets, losses, lses, mosts, rests, columns, smoothing, z, BLOCK, SMOOTHED)
+
+
+@tile.jit
+def _backward(  # type: ignore[no-untyped-def]
+    grads, lse_grads, logits, targets, mosts, rests, out, columns, smoothing, z, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    x, to = logits + row * columns, out + row * columns
+    grad, lse_grad, target = tl.load(grads + row), tl.load(lse_grads + row), tl.load(targets + row)
+    most, rest = tl.load(mosts + row), tl.load(rests + row)
+    _row_backward(x, to, target, most, rest, grad, lse_grad, columns, smoothing, z, BLOCK)
+
+
+@tile.jit
+def _in_place(  # type: ignore[no-untyped-def]
+    logits,
+    targets,
+    losses,
+    lses,
+    mosts,
+    rests,
+    columns,
+    smoothing,
+    z,
+    BLOCK: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    x = logits + row * columns
+    target, most, rest = _row_forward(
+        x, row, targets, losses, lses, mosts, rests, columns, smoothing, z, BLOCK, SMOOTHED
+    )
     tl.debug_barrier()  # all of the row is read, the target's logit too, before its gradient takes its place
-    _row_backward(x, x, target, lse, 1.0, 0.0, columns, smoothing, z, BLOCK)
+    _row_backward(x, x, target, most, rest, 1.0, 0.0, columns, smoothing, z, BLOCK)
 
 
 def row_options(columns: int) -> dict[str, int]:
-    """Return BLOCK and num_warps for programs that walk a row: 16 elements a thread, several programs an SM."""
+    """Return BLOCK and num_warps for programs that walk a row: several of them on a multiprocessor."""
     block = max(128, min(4096, 1 << (columns - 1).bit_length()))
     return {"BLOCK": block, "num_warps": max(1, min(8, block // 512))}
 
 
 def forward_triton(
     logits_NV: Tensor, targets_N: Tensor, label_smoothing: float, z_loss: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """One program a row, which walks it in blocks."""
-    logits_NV, columns = logits_NV.contiguous(), logits_NV.shape[1]
-    losses_N, lse_N = _empty(logits_NV, targets_N, label_smoothing, z_loss)
-    arguments = (logits_NV, targets_N.contiguous(), losses_N, lse_N, columns, label_smoothing, z_loss)
-    tile.launch(
-        _forward, (len(logits_NV),), *arguments, SMOOTHED=label_smoothing != 0, **row_options(columns)
-    )
-    return losses_N, lse_N
+    return _rows_triton(_forward, logits_NV.contiguous(), targets_N, label_smoothing, z_loss)
 
 
 def backward_triton(
@@ -171,15 +211,15 @@ def backward_triton(
     lse_grad_N: Tensor,
     logits_NV: Tensor,
     targets_N: Tensor,
-    lse_N: Tensor,
+    sums_2N: Tensor,
     label_smoothing: float,
     z_loss: float,
 ) -> Tensor:
-    """One program a row; the lse is known."""
+    """One program a row, which is read once: its sums are known."""
     logits_NV, columns = logits_NV.contiguous(), logits_NV.shape[1]
     out_NV = torch.empty_like(logits_NV)
     arguments = (
-        *(loss_grad_N.contiguous(), lse_grad_N.contiguous(), logits_NV, targets_N.contiguous(), lse_N),
+        *(loss_grad_N.contiguous(), lse_grad_N.contiguous(), logits_NV, targets_N.contiguous(), *sums_2N),
         *(out_NV, columns, label_smoothing, z_loss),
     )
     tile.launch(_backward, (len(logits_NV),), *arguments, **row_options(columns))
@@ -188,15 +228,22 @@ def backward_triton(
 
 def in_place_triton(
     logits_NV: Tensor, targets_N: Tensor, label_smoothing: float, z_loss: float
-) -> tuple[Tensor, Tensor]:
-    """Return losses and lses; the logits become the gradient of the summed loss."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return losses, lses and sums; the logits become the gradient of the summed loss."""
+    return _rows_triton(_in_place, logits_NV, targets_N, label_smoothing, z_loss)
+
+
+def _rows_triton(
+    kernel: Any, logits_NV: Tensor, targets_N: Tensor, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
     columns = logits_NV.shape[1]
-    losses_N, lse_N = _empty(logits_NV, targets_N, label_smoothing, z_loss)
-    arguments = (logits_NV, targets_N.contiguous(), losses_N, lse_N, columns, label_smoothing, z_loss)
-    tile.launch(
-        _in_place, (len(logits_NV),), *arguments, SMOOTHED=label_smoothing != 0, **row_options(columns)
+    losses_N, lse_N, sums_2N = _empty(logits_NV, targets_N, label_smoothing, z_loss)
+    arguments = (
+        *(logits_NV, targets_N.contiguous(), losses_N, lse_N, *sums_2N),
+        *(columns, label_smoothing, z_loss),
     )
-    return losses_N, lse_N
+    tile.launch(kernel, (len(logits_NV),), *arguments, SMOOTHED=label_smoothing != 0, **row_options(columns))
+    return losses_N, lse_N, sums_2N
 
 
 # CPU
@@ -204,7 +251,7 @@ def in_place_triton(
 
 def forward_cpu(
     logits_NV: Tensor, targets_N: Tensor, label_smoothing: float, z_loss: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Rows in C, shared among torch's threads."""
     return _rows_cpu("cross_entropy_forward", logits_NV.contiguous(), targets_N, label_smoothing, z_loss)
 
@@ -214,16 +261,16 @@ def backward_cpu(
     lse_grad_N: Tensor,
     logits_NV: Tensor,
     targets_N: Tensor,
-    lse_N: Tensor,
+    sums_2N: Tensor,
     label_smoothing: float,
     z_loss: float,
 ) -> Tensor:
-    """Rows in C; the lse is known."""
+    """Rows in C; each is read once: its sums are known."""
     logits_NV, targets_N = logits_NV.contiguous(), targets_N.contiguous()
     loss_grad_N, lse_grad_N = loss_grad_N.contiguous(), lse_grad_N.contiguous()
     out_NV = torch.empty_like(logits_NV)
-    native.function("cross_entropy", "cross_entropy_backward", "ppppppllffii")(
-        *native.pointers(loss_grad_N, lse_grad_N, logits_NV, targets_N, lse_N, out_NV),
+    native.function("cross_entropy", "cross_entropy_backward", "pppppppllffii")(
+        *native.pointers(loss_grad_N, lse_grad_N, logits_NV, targets_N, *sums_2N, out_NV),
         *(*logits_NV.shape, label_smoothing, z_loss, torch.get_num_threads(), native.type_of(logits_NV)),
     )
     return out_NV
@@ -231,21 +278,21 @@ def backward_cpu(
 
 def in_place_cpu(
     logits_NV: Tensor, targets_N: Tensor, label_smoothing: float, z_loss: float
-) -> tuple[Tensor, Tensor]:
-    """Return losses and lses; the logits become the gradient of the summed loss."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return losses, lses and sums; the logits become the gradient of the summed loss."""
     return _rows_cpu("cross_entropy_in_place", logits_NV, targets_N, label_smoothing, z_loss)
 
 
 def _rows_cpu(
     symbol: str, logits_NV: Tensor, targets_N: Tensor, label_smoothing: float, z_loss: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     targets_N = targets_N.contiguous()
-    losses_N, lse_N = _empty(logits_NV, targets_N, label_smoothing, z_loss)
-    native.function("cross_entropy", symbol, "ppppllffii")(
-        *native.pointers(logits_NV, targets_N, losses_N, lse_N),
+    losses_N, lse_N, sums_2N = _empty(logits_NV, targets_N, label_smoothing, z_loss)
+    native.function("cross_entropy", symbol, "ppppppllffii")(
+        *native.pointers(logits_NV, targets_N, losses_N, lse_N, *sums_2N),
         *(*logits_NV.shape, label_smoothing, z_loss, torch.get_num_threads(), native.type_of(logits_NV)),
     )
-    return losses_N, lse_N
+    return losses_N, lse_N, sums_2N
 
 
 # What all paths share
@@ -253,10 +300,11 @@ def _rows_cpu(
 
 def _empty(
     logits_NV: Tensor, targets_N: Tensor, label_smoothing: float, z_loss: float
-) -> tuple[Tensor, Tensor]:
-    """Allocate a loss and an lse a row."""
-    wide = torch.promote_types(logits_NV.dtype, torch.float32)
-    return logits_NV.new_empty(len(logits_NV), dtype=wide), logits_NV.new_empty(len(logits_NV), dtype=wide)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate a row's loss, its lse, and the lse's two parts: what is largest, and the rest."""
+    wide, rows = torch.promote_types(logits_NV.dtype, torch.float32), len(logits_NV)
+    losses_N, lse_N = (logits_NV.new_empty(rows, dtype=wide) for _ in range(2))
+    return losses_N, lse_N, logits_NV.new_empty(2, rows, dtype=wide)
 
 
 def _empty_gradient(
@@ -264,7 +312,7 @@ def _empty_gradient(
     lse_grad_N: Tensor,
     logits_NV: Tensor,
     targets_N: Tensor,
-    lse_N: Tensor,
+    sums_2N: Tensor,
     label_smoothing: float,
     z_loss: float,
 ) -> Tensor:
@@ -289,7 +337,7 @@ OPERATOR = Operator(
     results=2,
     gradient=Gradient(
         inputs=(0,),
-        saves=lambda inputs, outputs: (*inputs[:2], outputs[1], *inputs[2:]),
+        saves=lambda inputs, outputs: (*inputs[:2], outputs[2], *inputs[2:]),
         fake=_empty_gradient,
     ),
     examples=_examples,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from marrow.kernels import native, tile
 from marrow.kernels.dispatch import Example, Gradient, Operator
+from marrow.kernels.norms.rows import PART, backward_tiles, parts, row_tiles
 from marrow.kernels.tile import tl
 
 
@@ -37,56 +38,58 @@ def rms_norm_reference(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
 
 
 @tile.jit
-def _forward(x, weight, y, scales, columns, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = at < columns
+def _forward(  # type: ignore[no-untyped-def]
+    x, weight, y, scales, rows, columns, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    at = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (at < columns)
     values = tl.load(x + row * columns + at, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(values * values, 0) / columns + eps)
-    tl.store(scales + row, scale)
-    weights = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, 1)[:, None] / columns + eps)
+    tl.store(scales + row, scale, mask=row < rows)
+    weights = tl.load(weight + at, mask=at < columns, other=0.0).to(tl.float32)
     tl.store(y + row * columns + at, (values * scale * weights).to(y.dtype.element_ty), mask=inside)
 
 
 @tile.jit
-def _backward(dy, x, weight, scales, dx, partial, rows, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Each program takes every so-many-th row and keeps its own sum of the weight's gradient."""
+def _backward(  # type: ignore[no-untyped-def]
+    dy, x, weight, scales, dx, partial, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Each program takes every so-many-th tile of rows and keeps its own sum of the weight's gradient."""
     first, step = tl.program_id(0), tl.num_programs(0)
-    at = tl.arange(0, BLOCK)
-    inside = at < columns
-    weights = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-    dweight = tl.zeros([BLOCK], tl.float32)
-    place = first.to(tl.int64) * columns + at
-    for row in range(first, rows, step):
-        scale = tl.load(scales + row)
+    at = tl.arange(0, BLOCK)[None, :]
+    weights = tl.load(weight + at, mask=at < columns, other=0.0).to(tl.float32)
+    dweight = tl.zeros([ROWS, BLOCK], tl.float32)
+    row = first.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    for _ in range(first * ROWS, rows, step * ROWS):
+        inside, place = (row < rows) & (at < columns), row * columns + at
+        scale = tl.load(scales + row, mask=row < rows, other=0.0)
         normed = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * scale
         grad = tl.load(dy + place, mask=inside, other=0.0).to(tl.float32)
         dweight += grad * normed
         grad *= weights
-        mean = tl.sum(grad * normed, 0) / columns
+        mean = tl.sum(grad * normed, 1)[:, None] / columns
         tl.store(dx + place, ((grad - normed * mean) * scale).to(dx.dtype.element_ty), mask=inside)
-        place += step.to(tl.int64) * columns
-    tl.store(partial + first.to(tl.int64) * columns + at, dweight, mask=inside)
+        row += step * ROWS
+    sums = tl.sum(dweight, 0)[None, :]
+    tl.store(partial + first.to(tl.int64) * columns + at, sums, mask=at < columns)
 
 
 def forward_triton(x_NC: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """One program a row."""
-    x_NC, columns = x_NC.contiguous(), x_NC.shape[-1]
-    y_NC, scale_N = _empty(x_NC, weight_C, eps)
-    options = tile.row_options(columns, x_NC.dtype)
-    tile.launch(
-        _forward, (scale_N.numel(),), x_NC, weight_C.contiguous(), y_NC, scale_N, columns, eps, **options
-    )
+    """Give each program one row, or several short ones."""
+    x_NC, (y_NC, scale_N) = x_NC.contiguous(), _empty(x_NC, weight_C, eps)
+    rows, columns = scale_N.numel(), x_NC.shape[-1]
+    tiles, options = row_tiles(rows, columns, x_NC.dtype)
+    arguments = (x_NC, weight_C.contiguous(), y_NC, scale_N, rows, columns, eps)
+    tile.launch(_forward, (tiles,), *arguments, **options)
     return y_NC, scale_N
 
 
 def backward_triton(dy_NC: Tensor, x_NC: Tensor, weight_C: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
-    """A few programs a multiprocessor, each over many rows; their sums are added by torch."""
+    """Start a few programs a multiprocessor, each over many rows; torch adds their sums."""
     dy_NC, x_NC, (rows, columns) = dy_NC.contiguous(), x_NC.contiguous(), (scale_N.numel(), x_NC.shape[-1])
-    programs = min(rows, 2 * tile.multiprocessors(x_NC.device))
-    dx_NC = torch.empty_like(x_NC)
-    partial_PC = scale_N.new_empty(programs, columns)
-    options = tile.row_options(columns, x_NC.dtype)
+    programs, options = backward_tiles(x_NC, rows, columns)
+    dx_NC, partial_PC = torch.empty_like(x_NC), scale_N.new_empty(programs, columns)
     arguments = (dy_NC, x_NC, weight_C.contiguous(), scale_N, dx_NC, partial_PC, rows, columns)
     tile.launch(_backward, (programs,), *arguments, **options)
     return dx_NC, partial_PC.sum(0).to(weight_C.dtype)
@@ -107,13 +110,13 @@ def forward_cpu(x_NC: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Ten
 
 
 def backward_cpu(dy_NC: Tensor, x_NC: Tensor, weight_C: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in C; each thread sums its own share of the weight's gradient."""
+    """Parts of PART rows in C; torch adds their sums of the weight's gradient."""
     dy_NC, x_NC, threads = dy_NC.contiguous(), x_NC.contiguous(), torch.get_num_threads()
     dx_NC = torch.empty_like(x_NC)
-    partial_PC = scale_N.new_zeros(threads, x_NC.shape[-1])
-    native.function("rms_norm", "rms_norm_backward", "ppppppllii")(
+    partial_PC = scale_N.new_empty(parts(scale_N), x_NC.shape[-1])
+    native.function("rms_norm", "rms_norm_backward", "pppppplllii")(
         *native.pointers(dy_NC, x_NC, weight_C.to(x_NC.dtype).contiguous(), scale_N, dx_NC, partial_PC),
-        *(scale_N.numel(), x_NC.shape[-1], threads, native.type_of(x_NC)),
+        *(scale_N.numel(), x_NC.shape[-1], PART, threads, native.type_of(x_NC)),
     )
     return dx_NC, partial_PC.sum(0).to(weight_C.dtype)
 
@@ -127,9 +130,7 @@ def _empty(x_NC: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return y_NC, x_NC.new_empty(x_NC.shape[:-1], dtype=torch.float32)
 
 
-def _empty_gradients(
-    dy_NC: Tensor, x_NC: Tensor, weight_C: Tensor, scale_N: Tensor
-) -> tuple[Tensor, Tensor]:
+def _empty_gradients(dy_NC: Tensor, x_NC: Tensor, weight_C: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x_NC, memory_format=torch.contiguous_format), torch.empty_like(weight_C)
 
 

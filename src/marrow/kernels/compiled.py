@@ -1,0 +1,405 @@
+"""Every Triton kernel, compiled ahead of time and looked at: `python -m marrow.kernels.compiled`, no GPU.
+
+Each operator runs its Triton path, forward and backward, on "meta" tensors of its examples; the launches
+that would have been are compiled to sm_80, sm_90 and sm_100 as Triton's own launcher would (same types,
+`tt.divisibility`, ones as constants), and the cubin is read with the tools of the triton wheel: registers,
+spills, shared memory, tensor-core instructions, 128-bit global loads and stores. The table is committed;
+`--check` fails where it got worse, `--write` accepts what is. Equal launches are compiled once, and results
+are kept in the user's cache under a hash of all sources: a second run takes seconds.
+
+A type that an architecture lacks (fp8 on sm_80) is listed as skipped.
+"""
+
+import argparse
+import csv
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marrow import kernels
+from marrow.core import native
+from marrow.kernels import dispatch, tile
+from marrow.kernels.dispatch import Example, Operator
+from marrow.kernels.dispatch import Path as KernelPath
+
+ARCHITECTURES = (80, 90, 100)
+SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+DTYPES = (torch.bfloat16, torch.float32)
+PROCESSES = 2
+
+_TENSOR_CORE = re.compile(r"\b(?:[HIQDBO]G?MMA|UTC[A-Z]*MMA)\b")
+_LOAD = re.compile(r"\b(?:LDG|LDGSTS|UTMALDG|UBLKCP)[.\w]*")
+_STORE = re.compile(r"\b(?:STG|UTMASTG)[.\w]*")
+_SPILL = re.compile(r"\b(?:LDL|STL)\b")
+_DOT = re.compile(r"tt\.dot.*?: tensor<[\dx]+x(\w+)>")
+# Relative to the checkout.
+TABLE = Path("tests/kernels/compiled.csv")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one kernel became on one architecture. The first six name it.
+
+    dots: matrix products of the source that tensor cores can do. spills: instructions that move registers
+    to memory and back; stack_bytes: what they take, a thread. skipped: why it was not compiled.
+    """
+
+    op: str
+    kernel: str
+    example: str
+    dtype: str
+    arch: int
+    config: str
+    registers: int = 0
+    stack_bytes: int = 0
+    spills: int = 0
+    shared_bytes: int = 0
+    dots: int = 0
+    tensor_core: int = 0
+    loads: int = 0
+    wide_loads: int = 0
+    stores: int = 0
+    wide_stores: int = 0
+    skipped: str = ""
+
+    @property
+    def name(self) -> tuple[Any, ...]:
+        """Return what the row is about."""
+        return self.op, self.kernel, self.example, self.dtype, self.arch, self.config
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A launch to compile, named as its row."""
+
+    row: Row
+    launch: tile.Launch
+
+
+def load_operators() -> list[str]:
+    """Import every module of the groups of operators; return those that fail, with the reason."""
+    failed = []
+    for group in pkgutil.iter_modules(kernels.__path__, "marrow.kernels."):
+        if not group.ispkg:
+            continue
+        for module in pkgutil.iter_modules(importlib.import_module(group.name).__path__, f"{group.name}."):
+            try:
+                importlib.import_module(module.name)
+            except Exception as error:  # noqa: BLE001 (any fault of an operator's file is reported)
+                failed.append(f"{module.name}: {error!r}")
+    return failed
+
+
+def collect(
+    names: Sequence[str] = (), architectures: Sequence[int] = ARCHITECTURES
+) -> tuple[list[Task], list[str]]:
+    """List what is to be compiled, each distinct launch of an operator once; and what went wrong."""
+    tasks: dict[str, Task] = {}
+    complaints = []
+    for name, operator in sorted(dispatch.operators().items()):
+        path = operator.paths.get("triton")
+        if path is None or (names and name not in names):
+            continue
+        for arch in architectures:
+            for dtype in DTYPES:
+                if path.dtypes is not None and dtype not in path.dtypes:
+                    continue
+                try:
+                    for row, launch in _of_operator(operator, path, dtype, arch):
+                        tasks.setdefault(_identity(row, launch), Task(row, launch))
+                except Exception as error:  # noqa: BLE001 (any fault of an operator is reported)
+                    complaints.append(f"{name} {_short(dtype)} sm_{arch}: cannot be recorded: {error!r}")
+    return sorted(tasks.values(), key=lambda task: task.row.name), complaints
+
+
+def _of_operator(
+    operator: Operator, path: KernelPath, dtype: torch.dtype, arch: int
+) -> Iterator[tuple[Row, tile.Launch]]:
+    """Record the launches of all examples of an operator."""
+    for example in operator.examples(dtype, "meta"):
+        with tile.recording(arch) as recorded:
+            _run(operator, path, example)
+        for launch in recorded:
+            settings = launch.constants | launch.options
+            config = " ".join(f"{key}={_text(value)}" for key, value in sorted(settings.items()))
+            kernel = launch.kernel.__name__
+            yield Row(operator.name, kernel, example.label, _short(dtype), arch, config), launch
+
+
+def _run(operator: Operator, path: KernelPath, example: Example) -> None:
+    """Run forward and backward of an example."""
+    outputs = path.forward(*example.inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if operator.gradient is not None and path.backward is not None:
+        grads = [torch.empty_like(x) for x in outputs[: operator.results]]
+        path.backward(*grads, *operator.gradient.saves(tuple(example.inputs), outputs))
+
+
+def compile_all(tasks: Sequence[Task], processes: int = PROCESSES) -> tuple[list[Row], list[str]]:
+    """Compile the tasks, in a few processes; return their rows, and what did not compile, in words."""
+    global _queue
+    _queue = list(tasks)
+    with tempfile.TemporaryDirectory(prefix="marrow-triton-") as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder  # what Triton keeps is not needed again
+        if processes == 1 or len(tasks) < 4:
+            return _parted(_tried(number) for number in range(len(tasks)))
+        # fork: kernels cannot be pickled, and no thread has been started yet.
+        with multiprocessing.get_context("fork").Pool(processes) as pool:
+            return _parted(pool.imap(_tried, range(len(tasks)), chunksize=1))
+
+
+_queue: list[Task] = []
+
+
+def _parted(results: Iterable[Row | str]) -> tuple[list[Row], list[str]]:
+    found = list(results)
+    rows = [x for x in found if isinstance(x, Row)]
+    return rows, [x for x in found if isinstance(x, str)]
+
+
+def _tried(number: int) -> Row | str:
+    try:
+        return _compiled(number)
+    except Exception as error:  # noqa: BLE001 (whatever a compiler raises is reported)
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return f"{' '.join(map(str, _queue[number].row.name))}: does not compile: {' '.join(lines[-3:])}"
+
+
+def _compiled(number: int) -> Row:
+    """Return the row of a task of the queue, from the cache where it is known."""
+    from triton.backends.compiler import GPUTarget  # only where something is compiled
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    task = _queue[number]
+    launch, row, kernel = task.launch, task.row, task.launch.kernel
+    target = GPUTarget("cuda", row.arch, 32)
+    backend = make_backend(target)
+    named = {**launch.constants, **launch.options}
+    bound, kinds, rest = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        **launch.arguments, **named
+    )
+    options, signature, constants, attributes = kernel._pack_args(backend, named, bound, kinds, rest)
+    source = ASTSource(kernel, signature, constants, attributes)
+    if why := _lacking(signature, options, row.arch):
+        return _with(row, {"skipped": why})
+    key = hashlib.sha256(
+        "\n".join([source.hash(), options.hash(), str(row.arch), _versions()]).encode()
+    ).hexdigest()
+    kept = native.cache_folder() / f"compiled-{key[:32]}.json"
+    try:
+        return _with(row, json.loads(kept.read_text()))
+    except (OSError, ValueError):  # not known yet, or torn by another process
+        found = _measure(source, target, options)
+    written = kept.with_suffix(f".{os.getpid()}")
+    written.write_text(json.dumps(found))
+    written.replace(kept)
+    return _with(row, found)
+
+
+def _measure(source: Any, target: Any, options: Any) -> dict[str, Any]:
+    """Compile a kernel and read its cubin."""
+    import triton
+
+    made = triton.compile(source, target=target, options=options.__dict__)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(made.asm["cubin"])
+        cubin.flush()
+        usage = _said(tools / "cuobjdump", "-res-usage", cubin.name)
+        assembly = _said(tools / "nvdisasm", "-c", "-ndf", cubin.name)
+    loads, stores = _LOAD.findall(assembly), _STORE.findall(assembly)
+    used = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", usage.split("Function")[-1])}
+    return {
+        "registers": used["REG"],
+        "stack_bytes": used["STACK"] + used["LOCAL"],
+        "spills": len(_SPILL.findall(assembly)),
+        "shared_bytes": made.metadata.shared,
+        "dots": sum(_is_for_tensor_cores(line) for line in made.asm["ttir"].splitlines()),
+        "tensor_core": len(_TENSOR_CORE.findall(assembly)),
+        "loads": len(loads),
+        "wide_loads": sum(_is_wide(name) for name in loads),
+        "stores": len(stores),
+        "wide_stores": sum(_is_wide(name) for name in stores),
+    }
+
+
+def _is_for_tensor_cores(line: str) -> bool:
+    """Tell whether a line of Triton's IR is a matrix product that is not plain fp32 or fp64."""
+    found = _DOT.search(line)
+    return found is not None and (found[1] not in ("f32", "f64") or "inputPrecision = tf32" in line)
+
+
+def _is_wide(instruction: str) -> bool:
+    return "128" in instruction or "256" in instruction or instruction.startswith(("UTMA", "UBLK"))
+
+
+def _said(*command: Any) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def _lacking(signature: dict[str, str], options: Any, arch: int) -> str:
+    """Say which type of a kernel's arguments an architecture lacks, if any."""
+    for kind in signature.values():
+        name = str(kind).lstrip("*")
+        if name.startswith("fp8") and name not in options.supported_fp8_dtypes:
+            return f"sm_{arch} has no {name}"
+    return ""
+
+
+def _identity(row: Row, launch: tile.Launch) -> str:
+    """Return a text that is equal for launches of an operator that compile to the same."""
+    kinds = []
+    for name, value in launch.arguments.items():
+        if isinstance(value, Tensor):
+            kinds.append(f"{name}:{value.dtype}:{value.storage_offset() * value.element_size() % 16 == 0}")
+        elif isinstance(value, bool) or not isinstance(value, int):
+            kinds.append(f"{name}:{value if value is None else type(value)}")
+        else:
+            kinds.append(f"{name}:{value == 1}:{value % 16 == 0}:{-(2**31) <= value < 2**31}")
+    return "|".join([row.op, row.kernel, str(row.arch), row.config, *kinds])
+
+
+def _versions() -> str:
+    import triton  # only where something is compiled
+
+    return f"{triton.__version__} {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
+
+
+def _with(row: Row, found: dict[str, Any]) -> Row:
+    return replace(row, **found)
+
+
+def _text(value: Any) -> str:
+    return getattr(value, "__name__", None) or str(value)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}[dtype]
+
+
+def read(path: Path) -> list[Row]:
+    """Read the table."""
+    numbers = {field.name for field in fields(Row) if field.type is int}
+    with path.open(newline="") as file:
+        lines: list[dict[str, Any]] = list(csv.DictReader(file))
+    for line in lines:
+        line.update({name: int(line[name]) for name in numbers})
+    return [Row(**line) for line in lines]
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Write the table."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def faults(row: Row) -> list[str]:
+    """Say what is wrong with a row whatever it was before."""
+    found = []
+    if row.spills or row.stack_bytes:
+        found.append(f"spills registers ({row.spills} instructions, {row.stack_bytes} bytes)")
+    if row.shared_bytes > (limit := SHARED_LIMIT_BYTES[row.arch]):
+        found.append(f"takes {row.shared_bytes} bytes of shared memory, of {limit}")
+    if row.dots and not row.tensor_core:
+        found.append("multiplies matrices without tensor cores")
+    return found
+
+
+def worse(before: Row, now: Row) -> list[str]:
+    """Say what got worse; registers alone do not count."""
+    found = []
+    if before.tensor_core and not now.tensor_core:
+        found.append("lost its tensor-core instructions")
+    if before.wide_loads and not now.wide_loads:
+        found.append("lost its 128-bit loads")
+    if before.wide_stores and not now.wide_stores:
+        found.append("lost its 128-bit stores")
+    if now.skipped and not before.skipped:
+        found.append(f"is skipped now: {now.skipped}")
+    return found
+
+
+def check(rows: Sequence[Row], table: Sequence[Row]) -> list[str]:
+    """Compare what was compiled with the table; return complaints."""
+    known, complaints = {row.name: row for row in table}, []
+    for row in rows:
+        wrong = faults(row)
+        if row.name not in known:
+            wrong.append("is not in the table")
+        else:
+            wrong += worse(known[row.name], row)
+        complaints += [f"{' '.join(map(str, row.name))}: {what}" for what in wrong]
+    compared, made = {(row.op, row.arch) for row in rows}, {row.name for row in rows}
+    gone = [row for row in table if (row.op, row.arch) in compared and row.name not in made]
+    return complaints + [f"{' '.join(map(str, row.name))}: is in the table alone" for row in gone]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compile and check, write or print; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m marrow.kernels.compiled", description=__doc__)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true", help="fail where something got worse")
+    mode.add_argument("--write", action="store_true", help="write the table")
+    parser.add_argument("--op", action="append", default=[], help="an operator's name; may be repeated")
+    parser.add_argument("--arch", action="append", type=int, default=[], choices=ARCHITECTURES)
+    parser.add_argument("--table", type=Path, default=TABLE)
+    parser.add_argument("--processes", type=int, default=PROCESSES)
+    given = parser.parse_args(arguments)
+    complaints = load_operators()
+    tasks, unrecorded = collect(given.op, given.arch or ARCHITECTURES)
+    rows, uncompiled = compile_all(tasks, given.processes)
+    complaints += unrecorded + uncompiled
+    table = read(given.table) if given.table.exists() else []
+    if given.write:
+        done = {(row.op, row.arch) for row in rows}
+        kept = [] if not given.op and not given.arch else [r for r in table if (r.op, r.arch) not in done]
+        write(given.table, sorted([*kept, *rows], key=lambda row: row.name))
+        complaints += [f"{' '.join(map(str, row.name))}: {what}" for row in rows for what in faults(row)]
+    elif given.check:
+        complaints += check(rows, table)
+    else:
+        for row in rows:
+            print(describe(row))  # noqa: T201 (a program)
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)  # noqa: T201
+    if given.check and complaints:
+        hint = f"hint: mend it, or accept it with python -m {__spec__.name} --write"
+        print(hint, file=sys.stderr)  # noqa: T201
+    print(f"{len(rows)} kernels, {len(complaints)} complaints", file=sys.stderr)  # noqa: T201
+    return 1 if complaints else 0
+
+
+def describe(row: Row) -> str:
+    """Return one line of text for a row."""
+    what = row.skipped or (
+        f"{row.registers:>3} registers, {row.spills} spills, {row.shared_bytes} bytes shared, "
+        f"{row.tensor_core} tensor-core instructions for {row.dots} products, "
+        f"{row.wide_loads} of {row.loads} loads and {row.wide_stores} of {row.stores} stores of 128 bits"
+    )
+    return f"sm_{row.arch:<4}{row.op}.{row.kernel} {row.dtype} {row.example} [{row.config}]: {what}"
+
+
+if __name__ == "__main__":
+    if tile.IS_INTERPRETED or not tile.IS_WANTED:  # Triton is loaded, or not, when `tile` is imported
+        wanted = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        command = [sys.executable, "-m", "marrow.kernels.compiled", *sys.argv[1:]]
+        os.execve(sys.executable, command, wanted | {"MARROW_COMPILE": "1"})
+    sys.exit(main(sys.argv[1:]))

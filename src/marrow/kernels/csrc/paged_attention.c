@@ -1,0 +1,383 @@
+/* Attention over keys and values kept in blocks. The reference is kernels/attention/paged_attention.py.
+ *
+ * A task is a sequence's queries, or 128 of them, against its keys, or a split of those. Where a kv head has 8
+ * queries at most (decoding) a task takes all heads, chunk of keys by chunk, so that memory is read as it lies:
+ * once, whatever the group. Splits depend on the sequences alone, never on the number of threads.
+ */
+#include "attention.h"
+
+#define TILES 8 /* of 16 queries, in a task of one kv head */
+#define P_ROWS (LANES * (2 * LANES + 1))
+#define ALIGNED(size) (((size) + 63) / 64 * 64)
+
+enum { SAME = 0, INT8 = 1, E4M3 = 2 }; /* of the cache */
+
+typedef struct {
+    const char *q, *keys, *values;
+    const float *key_scales, *value_scales;
+    const int32_t *blocks, *starts, *ends;
+    char *o;
+    long sequences, list, block, heads, kv_heads, size, window, split;
+    float scale, softcap;
+    int threads, tiles;
+} call;
+
+typedef struct {
+    long sequence, first_row, rows, head, heads; /* rows of queries x group, of each of some kv heads */
+    long first_key, end_key;
+    float *partial; /* where the sequence is split, else null */
+} task;
+
+typedef struct {
+    char *panels; /* of queries: a tile each */
+    float *o, *most, *sum;
+    int32_t *low, *high;
+    float *scores, *key_scales, *value_scales;
+    uint16_t *p;
+    char *panel, *key_rows, *value_rows;
+} room;
+
+INLINE int bytes_of(int type) { return type == BF16 ? 2 : 4; }
+
+INLINE lanes load_code(const char *from, int kv) {
+    typedef uint8_t sixteen __attribute__((vector_size(16)));
+    typedef int8_t signed_sixteen __attribute__((vector_size(16)));
+    if (kv == INT8) {
+        signed_sixteen x;
+        memcpy(&x, from, 16);
+        return to_float(__builtin_convertvector(x, lanes_i32));
+    }
+    sixteen x;
+    memcpy(&x, from, 16);
+    lanes_u16 code = __builtin_convertvector(x, lanes_u16);
+    lanes_u16 half = (code & 0x7F) << 7 | (code & 0x80) << 8; /* an fp16 that is 256 times too small */
+#ifdef __AVX512F__
+    return (lanes)_mm512_cvtph_ps((__m256i)half) * 256.0f;
+#else
+    return load_half((const uint16_t *)&half) * 256.0f;
+#endif
+}
+
+/* Copy a token's row, widened to the type of the queries. */
+INLINE void copy_row(char *to, const char *from, long size, int type, int kv) {
+    if (kv == SAME) {
+        memcpy(to, from, size * bytes_of(type));
+        return;
+    }
+    long at = 0;
+    for (; at + LANES <= size; at += LANES) store(to, at, load_code(from + at, kv), type);
+    if (at < size) {
+        char rest[LANES] = {0};
+        memcpy(rest, from + at, size - at);
+        store_part(to, at, size - at, load_code(rest, kv), type);
+    }
+}
+
+/* Where a token's row of a head lies in a cache, in numbers. */
+INLINE long place_of(const call *c, const int32_t *blocks, long key, long head) {
+    return ((blocks[key / c->block] * c->block + key % c->block) * c->kv_heads + head) * c->size;
+}
+
+/* Let `rows` point at 64 rows of a head, copied if need be; return the bytes from row to row. */
+INLINE long find_rows(const call *c, const char *cache, const int32_t *blocks, long first, long count, long head,
+                      int is_copied, long padded, char *copies, const char *rows[4], int type, int kv) {
+    int bytes = kv == SAME ? bytes_of(type) : 1;
+    if (is_copied) {
+        long stride = padded * bytes_of(type);
+        for (long i = 0; i < count; i++)
+            copy_row(copies + i * stride, cache + place_of(c, blocks, first + i, head) * bytes, c->size, type, kv);
+        for (int i = 0; i < 4; i++) rows[i] = copies + i * LANES * stride;
+        return stride;
+    }
+    for (int i = 0; i < 4; i++) {
+        long key = i * LANES < count ? first + i * LANES : first;
+        rows[i] = cache + place_of(c, blocks, key, head) * bytes;
+    }
+    return c->kv_heads * c->size * bytes;
+}
+
+/* How a task lays its queries in tiles: 16 rows of one head, or all rows of a few heads beside each other, so that
+ * few queries fill the lanes too. A panel then holds zeros in the lanes of the other heads. */
+typedef struct {
+    long tiles, heads, rows; /* at most, of a tile */
+} layout;
+
+INLINE layout layout_of(const task *t) {
+    if (t->heads == 1) return (layout){(t->rows + LANES - 1) / LANES, 1, LANES};
+    long heads = LANES / t->rows;
+    return (layout){(t->heads + heads - 1) / heads, heads, t->rows};
+}
+
+/* Lay out the queries of a task, and what each sees. */
+INLINE void begin(const call *c, const task *t, const layout *l, room *r, long padded, int type) {
+    long start = c->starts[t->sequence], count = c->starts[t->sequence + 1] - start;
+    long group = c->heads / c->kv_heads, length = c->ends[t->sequence];
+    for (long tile = 0; tile < l->tiles; tile++) {
+        for (int lane = 0; lane < LANES; lane++) {
+            long row = l->heads > 1 ? lane % l->rows : tile * LANES + lane;
+            if (row >= t->rows) row = t->rows - 1; /* nobody's lane: sees what a neighbour sees */
+            long last = length - count + (t->first_row + row) / group;
+            r->high[tile * LANES + lane] = last;
+            r->low[tile * LANES + lane] = c->window && last >= c->window ? last - c->window + 1 : 0;
+            r->most[tile * LANES + lane] = NEVER;
+            r->sum[tile * LANES + lane] = 0;
+        }
+        memset(r->o + tile * LANES * padded, 0, LANES * padded * 4);
+        for (long i = 0; i < l->heads; i++) {
+            long head = tile * l->heads + i, first = l->heads > 1 ? 0 : tile * LANES;
+            const char *from[LANES] = {0};
+            if (l->heads > 1 && head >= t->heads) break;
+            for (long row = first; row < t->rows && row < first + l->rows; row++) {
+                long query = start + (t->first_row + row) / group;
+                long number = t->head + (l->heads > 1 ? head : 0);
+                long place = query * c->heads + number * group + (t->first_row + row) % group;
+                from[i * l->rows + row - first] = c->q + place * c->size * bytes_of(type);
+            }
+            panel_of_queries(r->panels + head * LANES * padded * bytes_of(type), from, c->size, padded, type);
+        }
+    }
+}
+
+/* Whether no query of a tile sees any of some keys. */
+INLINE int is_outside(const int32_t low[LANES], const int32_t high[LANES], long first, long end) {
+    int most = -1, least = INT32_MAX;
+    for (int i = 0; i < LANES; i++) {
+        most = high[i] > most ? high[i] : most;
+        least = low[i] < least ? low[i] : least;
+    }
+    return most < first || least >= end;
+}
+
+/* Spread the scales of a chunk's keys over the lanes of the heads they belong to. */
+INLINE void spread_scales(const call *c, const task *t, const layout *l, room *r, const int32_t *blocks, long tile,
+                          long first, long count) {
+    memset(r->value_scales, 0, KEYS * LANES * 4);
+    for (long key = 0; key < count; key++) {
+        long place = (blocks[(first + key) / c->block] * c->block + (first + key) % c->block) * c->kv_heads + t->head;
+        if (l->heads == 1) {
+            store(r->key_scales, key * LANES, all(c->key_scales[place]), F32);
+            store(r->value_scales, key * LANES, all(c->value_scales[place]), F32);
+            continue;
+        }
+        float *keys = r->key_scales + key * LANES, *values = r->value_scales + key * LANES;
+        for (long i = 0; i < l->heads && tile * l->heads + i < t->heads; i++)
+            for (long row = 0; row < l->rows; row++) {
+                keys[i * l->rows + row] = c->key_scales[place + tile * l->heads + i];
+                values[i * l->rows + row] = c->value_scales[place + tile * l->heads + i];
+            }
+    }
+}
+
+/* Ask for some of the next chunk's keys and values, all heads of a token at once, as they lie. */
+INLINE void prefetch(const call *c, const int32_t *blocks, long first, long end, long bytes) {
+    long row = c->kv_heads * c->size * bytes;
+    for (long key = first; key < end; key++) {
+        long place = place_of(c, blocks, key, 0) * bytes;
+        for (long at = 0; at < row; at += 64) {
+            __builtin_prefetch(c->keys + place + at, 0, 2);
+            __builtin_prefetch(c->values + place + at, 0, 2);
+        }
+    }
+}
+
+INLINE void compute(const call *c, const task *t, room *r, long padded, int type, int kv) {
+    const int32_t *blocks = c->blocks + t->sequence * c->list;
+    layout l = layout_of(t);
+    int is_copied = kv != SAME || c->block % LANES != 0;
+    int are_keys_copied = is_copied || (type == BF16 && c->size != padded);
+    float scale = c->softcap != 0 ? c->scale / c->softcap : c->scale * LOG2E;
+    int32_t places[LANES];
+    /* Rows of p, 16 for each head of a tile and 12 of zeros before: a head's left factor is a window of 16 rows that
+     * has its own where its lanes are. */
+    for (int lane = 0; lane < LANES; lane++)
+        places[lane] = l.heads > 1 ? LANES + lane / l.rows * 2 * LANES + lane % l.rows : lane;
+    if (type == BF16) memset(r->p, 0, P_ROWS * KEYS * 2);
+    begin(c, t, &l, r, padded, type);
+    for (long first = t->first_key; first < t->end_key; first += KEYS) {
+        long left = t->end_key - first, count = left < KEYS ? left : KEYS;
+        int has_panel = 0;
+        for (long tile = 0; tile < l.tiles; tile++) {
+            const int32_t *low = r->low + tile * LANES, *high = r->high + tile * LANES;
+            if (is_outside(low, high, first, first + count)) continue;
+            float *o = r->o + tile * LANES * padded;
+            const char *rows[4];
+            long heads = l.heads == 1 ? 1 : t->heads - tile * l.heads;
+            heads = heads < l.heads ? heads : l.heads;
+            for (long i = 0; i < heads; i++) {
+                long head = tile * l.heads + i;
+                if (t->heads > 1) {
+                    long some = KEYS / t->heads + 1, from = first + KEYS + head * some, to = from + some;
+                    long end = first + 2 * KEYS < t->end_key ? first + 2 * KEYS : t->end_key;
+                    prefetch(c, blocks, from, to < end ? to : end, kv == SAME ? bytes_of(type) : 1);
+                }
+                long stride = find_rows(c, c->keys, blocks, first, count, t->head + (l.heads > 1 ? head : 0),
+                                        are_keys_copied, padded, r->key_rows, rows, type, kv);
+                product_keys(r->scores, rows, stride, r->panels + head * LANES * padded * bytes_of(type),
+                             type == BF16 ? padded : c->size, i > 0, c->tiles, type);
+            }
+            if (kv != SAME) spread_scales(c, t, &l, r, blocks, tile, first, count);
+            sight seen = sight_of(low, high, first, count);
+            softmax_step(r->scores, o, r->most + tile * LANES, r->sum + tile * LANES, padded, LANES, scale,
+                         c->softcap * LOG2E, &seen, kv == SAME ? 0 : r->key_scales, kv == SAME ? 0 : r->value_scales);
+            if (type == BF16) turn_to_bf16(r->p, r->scores, places);
+            for (long i = 0; i < heads; i++) {
+                if (!has_panel || l.heads > 1) {
+                    long stride = find_rows(c, c->values, blocks, first, count,
+                                            t->head + (l.heads > 1 ? tile * l.heads + i : 0), is_copied, padded,
+                                            r->value_rows, rows, type, kv);
+                    panel_of_values(r->panel, rows, stride, count, c->size, padded, type);
+                    has_panel = 1;
+                }
+                long lane = i * l.rows, some = t->rows < l.rows ? t->rows : l.rows;
+                if (type == F32)
+                    product_values(o + lane * padded, r->scores + lane, LANES, r->panel, padded, some, 0, F32);
+                else if (c->tiles)
+                    product_values(o, r->p + (places[lane] - lane) * KEYS, 2 * KEYS, r->panel, padded, LANES, 1, BF16);
+                else
+                    product_values(o + lane * padded, r->p + places[lane] * KEYS, 2 * KEYS, r->panel, padded, some, 0,
+                                   BF16);
+            }
+        }
+    }
+}
+
+INLINE void store_row(char *to, const float *o, float factor, long size, int type) {
+    for (long at = 0; at < size; at += LANES)
+        store_some(to, at, size - at, load_some(o, at, size - at, F32) * factor, type);
+}
+
+/* Write what a task found: rows of o, or its largest score, its sum and its rows where others have a share. */
+INLINE void finish(const call *c, const task *t, const room *r, long padded, int type) {
+    long group = c->heads / c->kv_heads;
+    layout l = layout_of(t);
+    for (long head = 0; head < t->heads; head++)
+        for (long row = 0; row < t->rows; row++) {
+            long number = l.heads > 1 ? head / l.heads * LANES + head % l.heads * l.rows + row : row;
+            const float *o = r->o + number * padded;
+            if (t->partial) {
+                float *to = t->partial + (head * t->rows + row) * (c->size + 2);
+                to[0] = r->most[number];
+                to[1] = r->sum[number];
+                memcpy(to + 2, o, c->size * 4);
+                continue;
+            }
+            long query = c->starts[t->sequence] + (t->first_row + row) / group;
+            long place = query * c->heads + (t->head + head) * group + (t->first_row + row) % group;
+            float sum = r->sum[number];
+            store_row(c->o + place * c->size * bytes_of(type), o, sum == 0 ? 0 : 1 / sum, c->size, type);
+        }
+}
+
+/* Whether two tasks are splits of the same. */
+INLINE int is_same(const task *a, const task *b) { return a->sequence == b->sequence && a->head == b->head; }
+
+/* Add up the splits of a sequence. */
+INLINE void merge(const call *c, const task *first, long splits, float *sums, int type) {
+    long group = c->heads / c->kv_heads, rows = first->heads * first->rows, stride = rows * (c->size + 2);
+    for (long row = 0; row < rows; row++) {
+        const float *parts = first->partial + row * (c->size + 2);
+        float most = NEVER, sum = 0;
+        for (long i = 0; i < splits; i++) most = parts[i * stride] > most ? parts[i * stride] : most;
+        memset(sums, 0, c->size * 4);
+        for (long i = 0; i < splits; i++) {
+            const float *part = parts + i * stride;
+            float share = exp2f(part[0] - most);
+            sum += share * part[1];
+            for (long at = 0; at < c->size; at++) sums[at] += share * part[2 + at];
+        }
+        long query = c->starts[first->sequence] + row % first->rows / group;
+        long place = query * c->heads + (first->head + row / first->rows) * group + row % first->rows % group;
+        store_row(c->o + place * c->size * bytes_of(type), sums, sum == 0 ? 0 : 1 / sum, c->size, type);
+    }
+}
+
+static void *take(char **from, long bytes) {
+    char *found = *from;
+    *from += ALIGNED(bytes);
+    return found;
+}
+
+/* Divide the call: fill `tasks` and return their number; only count where `tasks` is null. */
+static long divide(const call *c, task *tasks, float *partials, long *floats) {
+    long number = 0, group = c->heads / c->kv_heads;
+    *floats = 0;
+    for (long sequence = 0; sequence < c->sequences; sequence++) {
+        long rows = (c->starts[sequence + 1] - c->starts[sequence]) * group, length = c->ends[sequence];
+        if (rows <= 0) continue;
+        int is_short = rows <= LANES;
+        /* A window hides the beginning from all queries alike. */
+        long hidden = c->window ? length - rows / group - c->window + 1 : 0;
+        long first_key = hidden > 0 ? hidden / KEYS * KEYS : 0;
+        long splits = is_short && length - first_key > c->split ? (length - first_key + c->split - 1) / c->split : 1;
+        long heads = 2 * rows <= LANES ? c->kv_heads : 1, most = is_short ? LANES : TILES * LANES;
+        for (long head = 0; head < c->kv_heads; head += heads)
+            for (long row = 0; row < rows; row += most)
+                for (long split = 0; split < splits; split++, number++) {
+                    long some = rows - row < most ? rows - row : most;
+                    long from = first_key + split * c->split, to = from + c->split;
+                    float *partial = splits > 1 && partials ? partials + *floats : 0;
+                    if (splits > 1) *floats += heads * some * (c->size + 2);
+                    if (splits == 1 || to > length) to = length;
+                    if (tasks) tasks[number] = (task){sequence, row, some, head, heads, from, to, partial};
+                }
+    }
+    return number;
+}
+
+INLINE void forward(const call *c, int type, int kv) {
+    long floats, padded = (c->size + 31) / 32 * 32, number = divide(c, 0, 0, &floats);
+    long tiles = c->kv_heads > TILES ? c->kv_heads : TILES, bytes = bytes_of(type);
+    float *partials = floats ? aligned_alloc(64, ALIGNED(4 * floats)) : 0;
+    task *tasks = malloc((number + 1) * sizeof(task));
+    divide(c, tasks, partials, &floats);
+#pragma omp parallel num_threads(c->threads)
+    {
+        long sizes[] = {tiles * LANES * padded * bytes, tiles * LANES * padded * 4, KEYS * padded * 4};
+        char *all_room = aligned_alloc(64, ALIGNED(sizes[0]) + ALIGNED(sizes[1]) + 3 * ALIGNED(sizes[2]) +
+                                               4 * ALIGNED(tiles * 64) + 3 * KEYS * LANES * 4 + P_ROWS * KEYS * 2);
+        char *next = all_room;
+        room r = {.panels = take(&next, sizes[0]), .o = take(&next, sizes[1])};
+        r.most = take(&next, tiles * 64), r.sum = take(&next, tiles * 64);
+        r.low = take(&next, tiles * 64), r.high = take(&next, tiles * 64);
+        r.scores = take(&next, KEYS * LANES * 4), r.p = take(&next, P_ROWS * KEYS * 2);
+        r.key_scales = take(&next, KEYS * LANES * 4), r.value_scales = take(&next, KEYS * LANES * 4);
+        r.panel = take(&next, sizes[2]), r.key_rows = take(&next, sizes[2]), r.value_rows = take(&next, sizes[2]);
+        memset(r.key_rows, 0, sizes[2]);
+        memset(r.key_scales, 0, KEYS * LANES * 4);
+#if HAS_BF16_TILES
+        if (c->tiles) configure_tiles(64);
+#endif
+#pragma omp for schedule(dynamic)
+        for (long i = 0; i < number; i++) {
+            compute(c, &tasks[i], &r, padded, type, kv);
+            finish(c, &tasks[i], &r, padded, type);
+        }
+#pragma omp for schedule(dynamic)
+        for (long i = 0; i < number; i++) {
+            long splits = 1;
+            if (!tasks[i].partial || (i && is_same(&tasks[i - 1], &tasks[i]))) continue;
+            while (i + splits < number && is_same(&tasks[i], &tasks[i + splits])) splits++;
+            merge(c, &tasks[i], splits, r.scores, type);
+        }
+#if HAS_BF16_TILES
+        if (c->tiles) _tile_release();
+#endif
+        free(all_room);
+    }
+    free(tasks);
+    free(partials);
+}
+
+/* kv: 0 keys and values of the queries' type, 1 int8, 2 e4m3. split: keys, a multiple of 64. */
+void paged_attention_forward(const void *q, const void *keys, const void *values, const float *key_scales,
+                             const float *value_scales, const int32_t *blocks, const int32_t *starts,
+                             const int32_t *ends, void *o, long sequences, long list, long block, long heads,
+                             long kv_heads, long size, long window, long split, float scale, float softcap,
+                             int threads, int type, int kv) {
+    call c = {q, keys, values, key_scales, value_scales, blocks, starts, ends, o, sequences, list, block, heads,
+              kv_heads, size, window, split, scale, softcap, threads, type == BF16 && HAS_BF16_TILES && has_tiles()};
+    if (type == BF16 && kv == SAME) forward(&c, BF16, SAME);
+    else if (type == BF16) forward(&c, BF16, kv);
+    else if (kv == SAME) forward(&c, F32, SAME);
+    else forward(&c, F32, kv);
+}
