@@ -95,3 +95,9 @@ def test_an_argument_of_1_is_a_plain_number_as_in_the_compiler():
     assert out.item() == 2
     with pytest.raises(AttributeError, match="to"):
         tile.launch(triton_cases.widened, (1,), out, 1)
+
+
+def test_numbers_arrive_in_the_types_of_the_compiler():
+    out = torch.zeros(2)
+    tile.launch(triton_cases.scaled, (1,), out, 1 / 3, True)
+    assert out.tolist() == [torch.tensor(1 / 3).item() * 2, 1.0]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from marrow.kernels.dispatch import Operator
+from marrow.kernels.memory import checked
 
 ULP = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 
@@ -41,7 +42,7 @@ def run(
         if isinstance(given[place], Tensor):
             given[place] = given[place].detach().requires_grad_()
     before = [x.detach().clone() if isinstance(x, Tensor) else x for x in given]
-    with filled_with_nan():
+    with filled_with_nan(), checked():
         results = operator.run(path, *given)
         results = results if isinstance(results, tuple) else (results,)
         found = [x.detach() for x in results]

@@ -88,6 +88,12 @@ def widened(out, count):
 
 
 @triton.jit
+def scaled(out, factor, flag):
+    tl.store(out, factor.to(tl.float32) * 2)
+    tl.store(out + 1, flag.to(tl.float32))
+
+
+@triton.jit
 def add_atomically(values, out, N: tl.constexpr, DISTINCT: tl.constexpr):
     at = tl.arange(0, N)
     tl.atomic_add(out + at % DISTINCT, tl.load(values + at), mask=at != 3)

@@ -132,7 +132,7 @@ def _of_operator(
     """Record the launches of all examples of an operator."""
     for example in operator.examples(dtype, "meta"):
         with tile.recording(arch) as recorded:
-            _run(operator, path, example)
+            run_example(operator, path, example)
         for launch in recorded:
             settings = launch.constants | launch.options
             config = " ".join(f"{key}={_text(value)}" for key, value in sorted(settings.items()))
@@ -140,7 +140,7 @@ def _of_operator(
             yield Row(operator.name, kernel, example.label, _short(dtype), arch, config), launch
 
 
-def _run(operator: Operator, path: KernelPath, example: Example) -> None:
+def run_example(operator: Operator, path: KernelPath, example: Example) -> None:
     """Run forward and backward of an example."""
     outputs = path.forward(*example.inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)

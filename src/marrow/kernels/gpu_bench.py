@@ -9,13 +9,10 @@ The same code runs on a CPU, on tiny shapes: that is how it is tested. Cases liv
 
 import contextlib
 import datetime
-import functools
 import json
-import signal
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,8 +23,8 @@ from marrow.kernels import dispatch
 from marrow.kernels.gpu_times import Function, TooLateError, limited, roofs, times
 from marrow.kernels.tile import triton
 
-# (operator, direction, inputs) -> peers that a caller brings, such as Liger's.
-Hook = Callable[[str, str, tuple[Any, ...]], dict[str, Function]]
+# (operator, direction, inputs) -> what prepares the calls of peers that a caller brings, such as Liger's.
+Hook = Callable[[str, str, tuple[Any, ...]], dict[str, Callable[[], Function]]]
 
 CASE_S, PEER_S = 20.0, 45.0
 
@@ -115,13 +112,17 @@ class Bench:
             for name, value in roofs(self.device, is_tiny=self.is_tiny):
                 self.roofs[name] = value
                 self._tell({"kind": "roof", "name": name, "value": value})
-            for is_late in (False, True):
-                for case in cases:
-                    self._round(case, is_late=is_late)
-            rows = list(self.rows.values())
+            self.measure(cases)
+            rows = self.measure(cases, is_late=True)
             if self.out is not None:
                 (self.out / "kernels.txt").write_text(table(rows, self.roofs, facts(self.device)))
         return rows
+
+    def measure(self, cases: Sequence[Case], *, is_late: bool = False) -> list[dict[str, Any]]:
+        """Measure one round of all cases; return the rows so far."""
+        for case in cases:
+            self._round(case, is_late=is_late)
+        return list(self.rows.values())
 
     def _round(self, case: Case, *, is_late: bool) -> None:
         """Measure a case against the peers of one round, and tell its row."""
@@ -173,8 +174,7 @@ class Bench:
         work = case.make(self.device, self.is_tiny)
         row["late"], row["path"] = list(work.late), self._path(case, work)
         functions, failed = {"ours": work.ours}, row["peers_failed"]
-        brought = self.hook(case.op, case.direction, work.inputs) if self.hook and not is_late else {}
-        makers: dict[str, Callable[[], Function]] = {name: _already(f) for name, f in brought.items()}
+        makers = dict(self.hook(case.op, case.direction, work.inputs)) if self.hook and not is_late else {}
         makers |= {name: make for name, make in work.peers.items() if (name in work.late) == is_late}
         for name, make in makers.items():
             try:
@@ -250,10 +250,6 @@ def facts(device: str) -> dict[str, Any]:
     }
 
 
-def _already(function: Function) -> Callable[[], Function]:
-    return lambda: function
-
-
 def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
@@ -264,7 +260,7 @@ def _judged(case: Case, row: dict[str, Any], roofs: dict[str, float]) -> dict[st
     for goal in case.goals:
         value: float | None = None
         if goal.kind in ("copy", "read"):
-            value = row["gbytes_per_s"] / roofs[goal.kind]
+            value = row["gbytes_per_s"] / roofs[goal.kind] if goal.kind in roofs else None
         elif goal.kind == "peer":
             value = row["ratios"].get(goal.peer)
         elif goal.kind == "memory":

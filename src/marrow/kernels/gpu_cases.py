@@ -86,7 +86,7 @@ def _memory_bound(
         group, inputs, elements, eager, others = build(device, is_tiny)
         if direction == BOTH:
             inputs = tuple(_leaf(x) for x in inputs)
-        call = functools.partial(_called, direction, inputs)
+        call = functools.partial(called, direction, inputs)
         peers: Makers = {
             name: functools.partial(call, twin) for name, twin in {"eager": eager, **others}.items()
         }
@@ -106,7 +106,7 @@ def _leaf(x: Any) -> Any:
     return x.detach().requires_grad_() if is_float and x.dtype == torch.bfloat16 else x
 
 
-def _called(direction: str, inputs: tuple[Any, ...], function: Callable[..., Any]) -> Function:
+def called(direction: str, inputs: tuple[Any, ...], function: Callable[..., Any]) -> Function:
     """Return a call of forward, or of forward and backward with random gradients of the results."""
     if direction == FORWARD:
         return functools.partial(_without_gradients, function, inputs)
@@ -310,10 +310,11 @@ def _linear_cross_entropy() -> Case:
 
         def error() -> float:
             found = function(hidden, weight, targets)[0]
+            wide = weight.detach().double()
             exact = torch.zeros((), dtype=torch.float64, device=device)
             for first in range(0, tokens, 512):
                 rows = slice(first, first + 512)
-                logits = hidden.detach()[rows].double() @ weight.detach().double().T
+                logits = hidden.detach()[rows].double() @ wide.T
                 exact += F.cross_entropy(logits, targets[rows], reduction="sum")
             return float(((found.detach() - exact) / exact).abs())
 

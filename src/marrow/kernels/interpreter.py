@@ -87,7 +87,7 @@ def run(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constant
     for name, value in given.items():
         # The compiler makes a plain number of an integer that is 1, without `.to`; so does this.
         if name not in launch.constexprs and not (type(value) is int and value == 1):
-            given[name] = bare._implicit_cvt(value)
+            given[name] = _argument(value)
             if memory and name in tensors:
                 given[name].handle.data[0] = memory.pointer(name)
     whole = (grid[0], grid[1] if len(grid) > 1 else 1, grid[2] if len(grid) > 2 else 1)
@@ -105,6 +105,15 @@ def run(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constant
         raise _root(error) from None
     finally:
         builder.memory = None
+
+
+def _argument(value: Any) -> Any:
+    """Return what a kernel gets for an argument; the bare interpreter leaves floats to Python."""
+    if isinstance(value, bool):
+        return tl.tensor(bare.TensorHandle(np.array([value]), tl.int1), tl.int1)
+    if isinstance(value, float):
+        return tl.tensor(bare.TensorHandle(np.array([value], np.float32), tl.float32), tl.float32)
+    return bare._implicit_cvt(value)
 
 
 def _root(error: BaseException) -> BaseException:

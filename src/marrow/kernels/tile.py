@@ -77,8 +77,8 @@ _PLANNED = {80: 108, 90: 132, 100: 148}
 
 _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
 _capability: ContextVar[int] = ContextVar("capability", default=90)
-_asked: ContextVar[list[Asked] | None] = ContextVar("asked", default=None)
-_forced: ContextVar[dict[tuple[str, str], dict[str, Any]] | None] = ContextVar("forced", default=None)
+# Not a ContextVar: on a GPU backward asks in autograd's own thread.
+_answers: dict[str, Any] = {"asked": None, "forced": {}}
 
 
 def jit(function: F) -> F:
@@ -133,10 +133,10 @@ def config(
     the default. Entries of the table win over those of the default, one by one.
     """
     key = (op, str(shape_class))
-    if (asked := _asked.get()) is not None:
-        asked.append(Asked(*key, dict(default), tuple(map(dict, candidates))))
-    if (forced := _forced.get()) is not None and key in forced:
-        return default | forced[key]
+    if _answers["asked"] is not None:
+        _answers["asked"].append(Asked(*key, dict(default), tuple(map(dict, candidates))))
+    if key in _answers["forced"]:
+        return default | dict(_answers["forced"][key])
     if IS_INTERPRETED or _recorded.get() is not None or not torch.cuda.is_available():
         return dict(default)
     measured = tables.load(torch.cuda.get_device_name())
@@ -147,12 +147,12 @@ def config(
 def configuring(forced: dict[tuple[str, str], dict[str, Any]] | None = None) -> Iterator[list[Asked]]:
     """Note which configurations are asked for, and answer with `forced`: (op, shape class) -> entries."""
     asked: list[Asked] = []
-    tokens = _asked.set(asked), _forced.set(forced)
+    before = dict(_answers)
+    _answers.update(asked=asked, forced=forced or {})
     try:
         yield asked
     finally:
-        _asked.reset(tokens[0])
-        _forced.reset(tokens[1])
+        _answers.update(before)
 
 
 def row_options(columns: int, dtype: torch.dtype) -> dict[str, int]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from marrow.kernels.activations.rope import rope, rope_angles
 from marrow.kernels.activations.swiglu import swiglu
+from marrow.kernels.norms.add_rms_norm import add_rms_norm
 from marrow.kernels.norms.rms_norm import rms_norm
 from marrow.models.config import ModelConfig
 
@@ -79,10 +80,10 @@ class Decoder(nn.Module):
         """
         config = self.config
         angles = rope_angles(positions_N, config.head_size, config.rope_theta, self.embedding_VC.dtype)
-        hidden_NC = F.embedding(tokens_N, self.embedding_VC)
+        stream_NC, update_NC = F.embedding(tokens_N, self.embedding_VC), None
         for layer in self.layers:
-            hidden_NC = layer(hidden_NC, angles, attend)
-        return rms_norm(hidden_NC, self.norm_C, config.norm_eps)
+            stream_NC, update_NC = layer(stream_NC, update_NC, angles, attend)
+        return add_rms_norm(stream_NC, update_NC, self.norm_C, config.norm_eps)[0]
 
     def logits(self, hidden_NC: Tensor) -> Tensor:
         """Score the vocabulary for some rows: hidden_NC -> logits_NV, of the weights' dtype."""
@@ -131,15 +132,26 @@ class Layer(nn.Module):
         self.gate_up_GC = nn.Parameter(torch.empty(2 * config.intermediate_size, channels))
         self.down_CF = nn.Parameter(torch.empty(channels, config.intermediate_size))
 
-    def forward(self, hidden_NC: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """Return the residual stream after this layer."""
-        hidden_NC = hidden_NC + self.attention(hidden_NC, angles, attend)
-        return hidden_NC + self.mlp(hidden_NC)
+    def forward(
+        self, stream_NC: Tensor, update_NC: Tensor | None, angles: tuple[Tensor, Tensor], attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """Return the residual stream, and the update that is still to be added to it.
 
-    def attention(self, hidden_NC: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        Args: update_NC: what the layer before has left to add; None before the first. Each sum is thus made
+            by the norm that reads it.
+        """
+        eps = self.config.norm_eps
+        if update_NC is None:
+            normed_NC = rms_norm(stream_NC, self.attention_norm_C, eps)
+        else:
+            normed_NC, stream_NC = add_rms_norm(stream_NC, update_NC, self.attention_norm_C, eps)
+        update_NC = self.attention(normed_NC, angles, attend)
+        normed_NC, stream_NC = add_rms_norm(stream_NC, update_NC, self.mlp_norm_C, eps)
+        return stream_NC, self.mlp(normed_NC)
+
+    def attention(self, normed_NC: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """Return what attention adds."""
         config = self.config
-        normed_NC = rms_norm(hidden_NC, self.attention_norm_C, config.norm_eps)
         qkv_NY = F.linear(normed_NC, self.qkv_YC, self.qkv_bias_Y)
         heads_NLD = qkv_NY.view(-1, config.num_heads + 2 * config.num_kv_heads, config.head_size)
         q_NHD, k_NKD, v_NKD = torch.split(
@@ -151,7 +163,6 @@ class Layer(nn.Module):
         o_NHD = attend(self.index, rope(q_NHD, *angles), rope(k_NKD, *angles), v_NKD)
         return F.linear(o_NHD.flatten(1), self.out_CX)
 
-    def mlp(self, hidden_NC: Tensor) -> Tensor:
+    def mlp(self, normed_NC: Tensor) -> Tensor:
         """Return what the MLP adds."""
-        normed_NC = rms_norm(hidden_NC, self.mlp_norm_C, self.config.norm_eps)
         return F.linear(swiglu(F.linear(normed_NC, self.gate_up_GC)), self.down_CF)

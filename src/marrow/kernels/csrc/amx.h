@@ -76,6 +76,22 @@ INLINE lanes load_small(const uint8_t *from) {
     return to_float((lanes_i32)__builtin_convertvector(x, lanes_i32));
 }
 
+/* 16 vectors of 16 numbers: the off-diagonal halves change places, then those of each quarter, and so on. */
+INLINE void transpose(lanes_i32 *rows) {
+#pragma GCC unroll 4
+    for (int half = 8; half > 0; half /= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) {
+            if (i & half) continue;
+            lanes_i32 upper, lower;
+            for (int j = 0; j < 16; j++) upper[j] = j & half ? 16 + (j ^ half) : j;
+            for (int j = 0; j < 16; j++) lower[j] = j & half ? 16 + j : j ^ half;
+            lanes_i32 a = rows[i], b = rows[i + half];
+            rows[i] = __builtin_shuffle(a, b, upper);
+            rows[i + half] = __builtin_shuffle(a, b, lower);
+        }
+}
+
 #if HAS_AMX
 /* Linux lends the tiles on demand, once a process; 0 where it does not. */
 static int has_tiles(void) {

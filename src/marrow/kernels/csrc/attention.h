@@ -121,10 +121,29 @@ INLINE lanes_u16 load_u16(const void *from) {
     return x;
 }
 
+/* Memory that will be read next, in pieces of `bytes`, the same in keys and values: asked for little by little, so
+ * that it comes while something is computed. */
+typedef struct {
+    const char *keys, *values; /* of the cache */
+    const int32_t *blocks;     /* left to ask for, one piece each */
+    long bytes, at, number;
+} stream;
+
+INLINE void ask(stream *s, int lines) {
+    if (!s || s->number <= 0) return;
+    const char *keys = s->keys + *s->blocks * s->bytes + s->at, *values = s->values + *s->blocks * s->bytes + s->at;
+    for (int i = 0; i < lines; i++) {
+        __builtin_prefetch(keys + 64 * i, 0, 2);
+        __builtin_prefetch(values + 64 * i, 0, 2);
+    }
+    s->at += 64 * lines;
+    if (s->at >= s->bytes) s->at = 0, s->number--, s->blocks++;
+}
+
 /* scores [64][16] = left [64][size] times panel [size][16]; 16 rows of the left factor at each of four places,
  * `stride` bytes from row to row. size: a multiple of 32 in bf16. adds: to what the scores are. */
 INLINE void product_keys(float *scores, const char *const left[4], long stride, const void *panel, int size,
-                         int adds, int tiles, int type) {
+                         int adds, int tiles, stream *next, int type) {
 #if HAS_BF16_TILES
     if (type == BF16 && tiles) {
         if (adds) {
@@ -148,6 +167,7 @@ INLINE void product_keys(float *scores, const char *const left[4], long stride, 
             _tile_dpbf16ps(2, 5, 4);
             _tile_loadd(6, left[3] + 64 * k, stride);
             _tile_dpbf16ps(3, 6, 4);
+            ask(next, 16);
         }
         _tile_stored(0, scores, 64);
         _tile_stored(1, scores + 256, 64);
@@ -209,7 +229,7 @@ INLINE void add_rows(float *o, const void *left, long stride, const void *panel,
  * fp32: left [64][16], column by column, `stride` of them apart; the panel [64][size].
  * rows: that count exactly, but all 16 with tiles. o: `size` floats a row. */
 INLINE void product_values(float *o, const void *left, long stride, const void *panel, int size, int rows,
-                           int tiles, int type) {
+                           int tiles, stream *next, int type) {
 #if HAS_BF16_TILES
     if (type == BF16 && tiles) {
         int units = size / 16, unit = 0;
@@ -242,6 +262,7 @@ INLINE void product_values(float *o, const void *left, long stride, const void *
             _tile_stored(1, to + 16, 4 * size);
             _tile_stored(2, to + 32, 4 * size);
             _tile_stored(3, to + 48, 4 * size);
+            ask(next, 16);
         }
         for (; unit < units; unit += 2) {
             float *to = o + 16 * unit;
@@ -293,7 +314,7 @@ INLINE void panel_of_queries(void *panel, const char *const from[LANES], int siz
 /* The right factor of product_values: `count` rows of 64, the others zeros; `size` numbers a row, zeros to
  * `padded`. Rows at from(i) = rows[i / 16] + i % 16 * stride. */
 INLINE void panel_of_values(void *panel, const char *const rows[4], long stride, int count, int size, int padded,
-                            int type) {
+                            stream *next, int type) {
     if (type == F32) {
         float *to = panel;
         for (int row = 0; row < KEYS; row++, to += padded) {
@@ -309,11 +330,15 @@ INLINE void panel_of_values(void *panel, const char *const rows[4], long stride,
         for (int row = 0; row < KEYS; row += 2) {
             const char *even = rows[row / LANES] + row % LANES * stride, *odd = even + stride;
             char *to = (char *)panel + row / 32 * (padded / 16) * 1024 + row % 32 / 2 * 64;
+            const char *later = row + 8 < KEYS ? rows[(row + 8) / LANES] + (row + 8) % LANES * stride : even;
             for (int at = 0; at < padded; at += 32, to += 2048) {
+                __builtin_prefetch(later + 2 * at);
+                __builtin_prefetch(later + stride + 2 * at);
                 __m512i a = _mm512_loadu_si512(even + 2 * at), b = _mm512_loadu_si512(odd + 2 * at);
                 _mm512_store_si512(to, _mm512_permutex2var_epi16(a, low, b));
                 _mm512_store_si512(to + 1024, _mm512_permutex2var_epi16(a, high, b));
             }
+            ask(next, 4);
         }
         return;
     }
@@ -371,7 +396,7 @@ INLINE sight sight_of(const int32_t low[LANES], const int32_t high[LANES], int32
 /* Scores to the base 2: scale, softcap, mask. softcap: over log2 e; `scale`: with log2 e, or over the cap. */
 INLINE lanes score_of(const float *scores, int key, lanes scale, float softcap, const sight *seen) {
     lanes s = load(scores, key * LANES, F32) * scale;
-    if (softcap != 0) s = tanh_of(s) * softcap;
+    if (softcap != 0) s = tanh_of(s, F32) * softcap;
     if (seen->is_partial) {
         lanes_i32 at = (lanes_i32){0} + key;
         s = blend((at >= seen->low) & (at <= seen->high), s, all(-__builtin_inff()));
@@ -383,15 +408,17 @@ INLINE lanes score_of(const float *scores, int key, lanes scale, float softcap, 
  * largest score grows. Scales of a quantised cache: [64 keys][16 queries], or null. */
 INLINE void softmax_step(float *scores, float *o, float *most, float *sum, int padded, int rows,
                          float scale, float softcap, const sight *seen, const float *key_scales,
-                         const float *value_scales) {
+                         const float *value_scales, stream *next) {
     lanes before = load(most, 0, F32), tops[4] = {before, before, before, before};
-    for (int key = 0; key < KEYS; key += 4)
+    for (int key = 0; key < KEYS; key += 4) {
+        ask(next, 4);
         for (int i = 0; i < 4; i++) {
             lanes own = key_scales ? scale * load(key_scales, (key + i) * LANES, F32) : all(scale);
             lanes s = score_of(scores, key + i, own, softcap, seen);
             store(scores, (key + i) * LANES, s, F32);
             tops[i] = larger(s, tops[i]);
         }
+    }
     lanes top = larger(larger(tops[0], tops[1]), larger(tops[2], tops[3]));
     int grows = 0;
     for (int i = 0; i < LANES; i++) grows |= top[i] > before[i];
@@ -405,13 +432,15 @@ INLINE void softmax_step(float *scores, float *o, float *most, float *sum, int p
         store(most, 0, top, F32);
     }
     lanes sums[4] = {{0}};
-    for (int key = 0; key < KEYS; key += 4)
+    for (int key = 0; key < KEYS; key += 4) {
+        ask(next, 4);
         for (int i = 0; i < 4; i++) {
             lanes one = exp2_of(load(scores, (key + i) * LANES, F32) - top);
             sums[i] += one;
             if (value_scales) one *= load(value_scales, (key + i) * LANES, F32);
             store(scores, (key + i) * LANES, one, F32);
         }
+    }
     store(sum, 0, total + ((sums[0] + sums[1]) + (sums[2] + sums[3])), F32);
 }
 

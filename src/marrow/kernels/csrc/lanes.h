@@ -264,8 +264,8 @@ INLINE lanes sigmoid_of(lanes x, int type) {
     return reciprocal_of(1.0f + exp_of(-x));
 }
 
-/* tanh to 2 ulp or so: odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel. */
-INLINE lanes tanh_of(lanes x) {
+/* tanh, to 3 ulp of fp32 or, for results in bf16, to 2^-12: an odd polynomial near 0, where the rest cancels. */
+INLINE lanes tanh_of(lanes x, int type) {
     lanes square = x * x;
     lanes p = all(-5.90586476e-3f);
     p = p * square + 2.08053812e-2f;
@@ -273,7 +273,7 @@ INLINE lanes tanh_of(lanes x) {
     p = p * square + 1.33319587e-1f;
     p = p * square - 3.33332986e-1f;
     lanes near = x + x * square * p;
-    lanes far = 1.0f - 2.0f * reciprocal_of(exp_of(2.0f * x) + 1.0f);
+    lanes far = 2.0f * sigmoid_of(2.0f * x, type) - 1.0f;
     return blend((lanes_i32)(square < 0.36f), near, far);
 }
 

@@ -168,18 +168,6 @@ INLINE void spread_scales(const call *c, const task *t, const layout *l, room *r
     }
 }
 
-/* Ask for some of the next chunk's keys and values, all heads of a token at once, as they lie. */
-INLINE void prefetch(const call *c, const int32_t *blocks, long first, long end, long bytes) {
-    long row = c->kv_heads * c->size * bytes;
-    for (long key = first; key < end; key++) {
-        long place = place_of(c, blocks, key, 0) * bytes;
-        for (long at = 0; at < row; at += 64) {
-            __builtin_prefetch(c->keys + place + at, 0, 2);
-            __builtin_prefetch(c->values + place + at, 0, 2);
-        }
-    }
-}
-
 INLINE void compute(const call *c, const task *t, room *r, long padded, int type, int kv) {
     const int32_t *blocks = c->blocks + t->sequence * c->list;
     layout l = layout_of(t);
@@ -193,9 +181,14 @@ INLINE void compute(const call *c, const task *t, room *r, long padded, int type
         places[lane] = l.heads > 1 ? LANES + lane / l.rows * 2 * LANES + lane % l.rows : lane;
     if (type == BF16) memset(r->p, 0, P_ROWS * KEYS * 2);
     begin(c, t, &l, r, padded, type);
+    stream memory = {c->keys, c->values, 0, c->block * c->kv_heads * c->size * (kv == SAME ? bytes_of(type) : 1), 0, 0};
+    stream *next = t->heads > 1 ? &memory : 0;
     for (long first = t->first_key; first < t->end_key; first += KEYS) {
         long left = t->end_key - first, count = left < KEYS ? left : KEYS;
         int has_panel = 0;
+        /* The chunk after this one, whole blocks of it. */
+        long some = (first + KEYS) / c->block, end = first + 2 * KEYS < t->end_key ? first + 2 * KEYS : t->end_key;
+        memory.blocks = blocks + some, memory.at = 0, memory.number = (end + c->block - 1) / c->block - some;
         for (long tile = 0; tile < l.tiles; tile++) {
             const int32_t *low = r->low + tile * LANES, *high = r->high + tile * LANES;
             if (is_outside(low, high, first, first + count)) continue;
@@ -205,37 +198,33 @@ INLINE void compute(const call *c, const task *t, room *r, long padded, int type
             heads = heads < l.heads ? heads : l.heads;
             for (long i = 0; i < heads; i++) {
                 long head = tile * l.heads + i;
-                if (t->heads > 1) {
-                    long some = KEYS / t->heads + 1, from = first + KEYS + head * some, to = from + some;
-                    long end = first + 2 * KEYS < t->end_key ? first + 2 * KEYS : t->end_key;
-                    prefetch(c, blocks, from, to < end ? to : end, kv == SAME ? bytes_of(type) : 1);
-                }
                 long stride = find_rows(c, c->keys, blocks, first, count, t->head + (l.heads > 1 ? head : 0),
                                         are_keys_copied, padded, r->key_rows, rows, type, kv);
                 product_keys(r->scores, rows, stride, r->panels + head * LANES * padded * bytes_of(type),
-                             type == BF16 ? padded : c->size, i > 0, c->tiles, type);
+                             type == BF16 ? padded : c->size, i > 0, c->tiles, next, type);
             }
             if (kv != SAME) spread_scales(c, t, &l, r, blocks, tile, first, count);
             sight seen = sight_of(low, high, first, count);
             softmax_step(r->scores, o, r->most + tile * LANES, r->sum + tile * LANES, padded, LANES, scale,
-                         c->softcap * LOG2E, &seen, kv == SAME ? 0 : r->key_scales, kv == SAME ? 0 : r->value_scales);
+                         c->softcap * LOG2E, &seen, kv == SAME ? 0 : r->key_scales, kv == SAME ? 0 : r->value_scales, next);
             if (type == BF16) turn_to_bf16(r->p, r->scores, places);
             for (long i = 0; i < heads; i++) {
                 if (!has_panel || l.heads > 1) {
                     long stride = find_rows(c, c->values, blocks, first, count,
                                             t->head + (l.heads > 1 ? tile * l.heads + i : 0), is_copied, padded,
                                             r->value_rows, rows, type, kv);
-                    panel_of_values(r->panel, rows, stride, count, c->size, padded, type);
+                    panel_of_values(r->panel, rows, stride, count, c->size, padded, next, type);
                     has_panel = 1;
                 }
                 long lane = i * l.rows, some = t->rows < l.rows ? t->rows : l.rows;
                 if (type == F32)
-                    product_values(o + lane * padded, r->scores + lane, LANES, r->panel, padded, some, 0, F32);
+                    product_values(o + lane * padded, r->scores + lane, LANES, r->panel, padded, some, 0, next, F32);
                 else if (c->tiles)
-                    product_values(o, r->p + (places[lane] - lane) * KEYS, 2 * KEYS, r->panel, padded, LANES, 1, BF16);
+                    product_values(o, r->p + (places[lane] - lane) * KEYS, 2 * KEYS, r->panel, padded, LANES, 1, next,
+                                   BF16);
                 else
                     product_values(o + lane * padded, r->p + places[lane] * KEYS, 2 * KEYS, r->panel, padded, some, 0,
-                                   BF16);
+                                   next, BF16);
             }
         }
     }

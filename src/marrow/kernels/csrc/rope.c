@@ -5,30 +5,33 @@
 INLINE void rotate(const void *x, const void *cos, const void *sin, void *y, long tokens, long heads,
                    long size, long token_step, long head_step, float sign, int threads, int type,
                    int angle_type) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (tokens * heads * size > 1 << 14)
-    for (long token = 0; token < tokens; token++) {
-        const void *c = elements(cos, token * size, angle_type), *s = elements(sin, token * size, angle_type);
-        for (long head = 0; head < heads; head++) {
-            const void *first = elements(x, token * token_step + head * head_step, type);
-            const void *second = elements(first, size, type);
-            void *to_first = (void *)elements(y, (token * heads + head) * 2 * size, type);
-            void *to_second = (void *)elements(to_first, size, type);
-            long at = 0;
-            for (; at + LANES <= size; at += LANES) {
-                lanes a = load(first, at, type), b = load(second, at, type);
-                lanes cosine = load(c, at, angle_type), sine = load(s, at, angle_type) * sign;
-                store(to_first, at, a * cosine - b * sine, type);
-                store(to_second, at, b * cosine + a * sine, type);
-            }
-            if (at < size) {
-                long count = size - at;
-                lanes a = load_part(first, at, count, type), b = load_part(second, at, count, type);
-                lanes cosine = load_part(c, at, count, angle_type);
-                lanes sine = load_part(s, at, count, angle_type) * sign;
-                store_part(to_first, at, count, a * cosine - b * sine, type);
-                store_part(to_second, at, count, b * cosine + a * sine, type);
+    int is_streamed = streamed(y, tokens * heads, size, type); /* half heads are whole lines */
+#pragma omp parallel num_threads(threads) if (tokens * heads * size > 1 << 14)
+    {
+#pragma omp for schedule(static) nowait
+        for (long token = 0; token < tokens; token++) {
+            const void *c = elements(cos, token * size, angle_type);
+            const void *s = elements(sin, token * size, angle_type);
+            for (long head = 0; head < heads; head++) {
+                const void *first = elements(x, token * token_step + head * head_step, type);
+                const void *second = elements(first, size, type);
+                void *to_first = (void *)elements(y, (token * heads + head) * 2 * size, type);
+                void *to_second = (void *)elements(to_first, size, type);
+                for (long at = 0; at < size; at += 2 * LANES) {
+                    long count = size - at;
+                    pair a = load_pair(first, at, count, type), b = load_pair(second, at, count, type);
+                    pair p = load_pair(c, at, count, angle_type), q = load_pair(s, at, count, angle_type);
+                    q = (pair){q.low * sign, q.high * sign};
+                    pair one = {a.low * p.low - b.low * q.low, a.high * p.high - b.high * q.high};
+                    pair other = {b.low * p.low + a.low * q.low, b.high * p.high + a.high * q.high};
+                    store_pair(to_first, at, count, one, type, is_streamed);
+                    store_pair(to_second, at, count, other, type, is_streamed);
+                    prefetch_pair(first, at + token_step, type); /* the next token */
+                    prefetch_pair(second, at + token_step, type);
+                }
             }
         }
+        finish_stores();
     }
 }
 

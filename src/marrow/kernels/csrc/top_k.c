@@ -1,7 +1,7 @@
 /* The best k inner products of each query. The reference is kernels/search/top_k.py. */
 #include "top_k.h"
 
-enum { BLOCK_ROWS = 128, BLOCK_QUERIES = 16, APART = 64 };
+enum { BLOCK_ROWS = 128, BLOCK_QUERIES = 16, APART = 256 };
 
 /* What a thread works on: rows first to last of the list (all rows where it is NULL). */
 typedef struct {
@@ -26,8 +26,10 @@ INLINE void search_one(const task *t, int type) {
             lanes sums[LANES] = {{0}};
             for (int i = 0; i < GROUP; i++) {
                 const void *rows[GROUP];
-                for (int r = 0; r < GROUP; r++)
+                for (int r = 0; r < GROUP; r++) {
                     rows[r] = row_at(t->vectors, row_of(t, at + i + r * APART), t->columns, type);
+                    if (type == BF16) fetch_ahead(rows[r], 2 * t->columns);
+                }
                 add_products(rows, &t->queries, 1, t->columns, type, sums + i * GROUP);
             }
             lanes scores = sums_of(sums);

@@ -7,7 +7,7 @@
  */
 #include "top_k.h"
 
-enum { BYTES = 64, APART = 64, BLOCK_ROWS = 256, TOP = 16319 /* 127 * 128 + 63 */ };
+enum { BYTES = 64, APART = 256, WAITING = 8, TOP = 16319 /* 127 * 128 + 63 */ };
 
 typedef struct {
     const float *numbers;  /* [padded to 16], as top_k.c has it */
@@ -15,6 +15,13 @@ typedef struct {
     lanes_i32 high_start, low_start; /* minus what the codes' 128 adds */
     float step, norm;      /* norm: not below the query's own */
 } query;
+
+/* A row that may be among the best of a query; it is scored when its numbers had time to arrive. */
+typedef struct {
+    long which;
+    int64_t row;
+    float bound;
+} candidate;
 
 typedef struct {
     const query *queries;
@@ -24,6 +31,8 @@ typedef struct {
     const int64_t *list;
     found *heaps;
     long num_queries, columns, bytes, k, first, last, rescored;
+    candidate waiting[WAITING];
+    int num_waiting;
 } task;
 
 /* Lane i: sum of 4 products of codes with digits. */
@@ -94,16 +103,21 @@ INLINE lanes bounds_of(lanes products, lanes scales, lanes errors, const query *
     return products * (scales * q->step) + (errors * q->norm + tiny);
 }
 
-/* Score a row that may be among the best. */
-static void rescore(task *t, long which, int64_t row, int type) {
-    const void *row_start = row_at(t->vectors, row, t->columns, type), *rows[GROUP];
-    for (int r = 0; r < GROUP; r++) rows[r] = row_start;
-    lanes sums[LANES] = {{0}};
-    const float *numbers = t->queries[which].numbers;
-    if (type == BF16) add_products(rows, &numbers, 1, t->columns, BF16, sums);
-    else add_products(rows, &numbers, 1, t->columns, F32, sums);
-    offer(t->heaps + which * t->k, t->k, sums_of(sums)[0], row);
-    t->rescored++;
+static void rescore(task *t, int type) {
+    for (int i = 0; i < t->num_waiting; i++) {
+        const candidate *one = t->waiting + i;
+        found *heap = t->heaps + one->which * t->k;
+        if (one->bound < heap->score) continue;
+        const void *row_start = row_at(t->vectors, one->row, t->columns, type), *rows[GROUP];
+        for (int r = 0; r < GROUP; r++) rows[r] = row_start;
+        lanes sums[LANES] = {{0}};
+        const float *numbers = t->queries[one->which].numbers;
+        if (type == BF16) add_products(rows, &numbers, 1, t->columns, BF16, sums);
+        else add_products(rows, &numbers, 1, t->columns, F32, sums);
+        offer(heap, t->k, sums_of(sums)[0], one->row);
+        t->rescored++;
+    }
+    t->num_waiting = 0;
 }
 
 /* A bit for each lane that is not surely below: also for NaN. */
@@ -117,37 +131,58 @@ INLINE uint32_t not_below(lanes bounds, float worst) {
 #endif
 }
 
-/* Lane GROUP r + i belongs to row at + i + r apart. */
-INLINE void take(task *t, long which, lanes bounds, long at, long apart, int type) {
+/* Lane GROUP r + i belongs to row at + i + r APART. */
+static __attribute__((noinline)) void take(task *t, long which, uint32_t hits, lanes bounds, long at, int type) {
     const found *worst = t->heaps + which * t->k;
-    uint32_t hits = not_below(bounds, worst->score);
-    if (__builtin_expect(!hits, 1)) return;
     for (; hits; hits &= hits - 1) {
         int lane = __builtin_ctz(hits);
-        long row = at + lane % GROUP + lane / GROUP * apart;
-        if (row < t->last && !(bounds[lane] < worst->score)) rescore(t, which, row_of(t, row), type);
+        long row = at + lane % GROUP + lane / GROUP * APART;
+        if (row >= t->last || bounds[lane] < worst->score) continue;
+        candidate mine = {which, row_of(t, row), bounds[lane]};
+        const char *start = row_at(t->vectors, mine.row, t->columns, type);
+        for (long byte = 0; byte < t->columns * (type == BF16 ? 2 : 4); byte += 64) __builtin_prefetch(start + byte);
+        t->waiting[t->num_waiting++] = mine;
+        if (t->num_waiting == WAITING) rescore(t, type);
     }
 }
 
-INLINE void search_block(task *t, long block, int type) {
+/* Four times APART rows. is_plain: all of them, in order, so that nothing must be looked up. */
+INLINE void search_block(task *t, long block, int is_plain, int type) {
     for (long at = block; at < block + APART && at < t->last; at += GROUP) {
         const uint8_t *rows[GROUP][GROUP];
         float scales[LANES], errors[LANES];
         for (int r = 0; r < GROUP; r++)
             for (int i = 0; i < GROUP; i++) {
-                int64_t row = row_of(t, at + i + r * APART);
+                long near = at + i + r * APART;
+                int64_t row = is_plain ? near : row_of(t, near);
                 rows[i][r] = t->codes + row * t->bytes;
+                if (is_plain) continue;
                 scales[r * GROUP + i] = t->scales[row];
                 errors[r * GROUP + i] = t->errors[row];
             }
+        for (int r = 0; r < GROUP && is_plain; r++) {
+            memcpy(scales + r * GROUP, t->scales + at + r * APART, GROUP * sizeof *scales);
+            memcpy(errors + r * GROUP, t->errors + at + r * APART, GROUP * sizeof *errors);
+        }
+        if (t->num_queries == 1)
+            for (int i = 0; i < GROUP; i++)
+                for (int r = 0; r < GROUP; r++) fetch_ahead(rows[i][r], t->bytes);
         for (long which = 0; which < t->num_queries; which++) {
             const query *q = t->queries + which;
             lanes sums[LANES];
             for (int i = 0; i < GROUP; i++) multiply(rows[i], q, t->bytes, sums + i, GROUP);
             lanes bounds = bounds_of(sums_of(sums), load(scales, 0, F32), load(errors, 0, F32), q);
-            take(t, which, bounds, at, APART, type);
+            uint32_t hits = not_below(bounds, t->heaps[which * t->k].score);
+            if (__builtin_expect(hits != 0, 0)) take(t, which, hits, bounds, at, type);
         }
     }
+}
+
+static void search(task *t, int type) {
+    for (long block = t->first; block < t->last; block += GROUP * APART)
+        if (!t->list && block + GROUP * APART <= t->last) search_block(t, block, 1, type);
+        else search_block(t, block, 0, type);
+    rescore(t, type);
 }
 
 /* queries: fp32 [num_queries, padded to 16], codes: [rows, bytes], bytes = columns padded to 64.
@@ -182,9 +217,7 @@ void top_k_int8(const float *queries, const uint8_t *codes, const float *scales,
                      .k = k,
                      .first = num_rows * part / threads,
                      .last = num_rows * (part + 1) / threads};
-        for (long block = mine.first; block < mine.last; block += GROUP * APART)
-            if (type == BF16) search_block(&mine, block, BF16);
-            else search_block(&mine, block, F32);
+        search(&mine, type);
         total += mine.rescored;
     }
     *rescored = total;

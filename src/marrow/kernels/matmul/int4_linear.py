@@ -135,7 +135,7 @@ def forward_triton(
     (rows, inputs), outputs = x_MK.shape, y_MN.shape[-1]
     group = inputs // scales.shape[1]
     default = {
-        "BLOCK_M": 16 if rows <= 16 else 32 if rows <= 32 else 64,
+        "BLOCK_M": 16 if rows <= 16 else 32 if rows <= 32 or x_MK.dtype == torch.float32 else 64,
         "BLOCK_N": 64 if outputs >= 64 else 16,
         "num_warps": 4,
         "num_stages": 4,

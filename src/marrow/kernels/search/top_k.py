@@ -104,7 +104,7 @@ def _search(  # type: ignore[no-untyped-def]
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The best k of BLOCK_Q queries among a split of the rows: scores and rows [split, query, BLOCK_K]."""
+    """Keep the best k of BLOCK_Q queries in a split of the rows: [split, query, BLOCK_K]."""
     split = tl.program_id(0)
     query = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     slots = tl.arange(0, BLOCK_K)

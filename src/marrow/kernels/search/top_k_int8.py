@@ -1,4 +1,4 @@
-"""Exact search that reads a quarter: int8 codes say which vectors cannot be among the best, the rest is scored.
+"""Exact search that reads a quarter: int8 codes say which vectors cannot be among the best.
 
 A vector is v = s c + e, with integers |c| <= 127 and a rest e whose length is known. A query is q = t d + f,
 with integers |d| <= 16,319 (two digits of eight bits), so |f| <= r |q| with r = sqrt(C) / 32,638. Then

@@ -1,0 +1,222 @@
+"""The GPU bench and the tuner, on a CPU: order, budget, records, failures, verdicts."""
+
+import functools
+import json
+import time
+
+import pytest
+import torch
+
+from marrow.kernels import dispatch, gpu_cases, tile
+from marrow.kernels.configs import tables
+from marrow.kernels.gpu_bench import Bench, Case, Goal, Work, table
+from marrow.kernels.gpu_times import TooLateError, limited
+from marrow.kernels.norms import rms_norm  # noqa: F401 (registers the operator that the cases below name)
+from marrow.kernels.tuning import tune
+
+
+def nap(seconds):
+    """A function that takes a while, so that ratios are known."""
+    return functools.partial(time.sleep, seconds)
+
+
+SHORT = nap(0.004)
+
+
+def case(shape, ours=SHORT, peers=None, goals=(), late=(), error=None, made=None):
+    def make(device, is_tiny):
+        if made is not None:
+            made.append(shape)
+        inputs = (torch.ones(4, dtype=torch.bfloat16),)
+        return Work(ours, inputs, peers or {}, 4e6, 1e9, late, error)
+
+    return Case("rms_norm", shape, "forward", "bf16", tuple(goals), make)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "kernels.jsonl").read_text().splitlines()]
+
+
+def run(cases, tmp_path, **settings):
+    settings = {"device": "cpu", "budget_s": 60.0, "out": tmp_path, "is_tiny": True} | settings
+    return Bench(**settings).run(cases)
+
+
+def fail():
+    raise ValueError("broken peer")
+
+
+def test_roofs_come_first_and_rows_in_their_order(tmp_path):
+    rows = run([case("b"), case("a")], tmp_path)
+    assert [row["shape"] for row in rows] == ["b", "a"]
+    told = lines(tmp_path)
+    assert told[0]["kind"] == "device"
+    assert {"device", "torch", "cuda", "triton", "date"} <= set(told[0])
+    assert [line["kind"] for line in told] == sorted(
+        (line["kind"] for line in told), key=["device", "roof", "row"].index
+    )
+    assert {"copy", "read", "bf16"} <= {line["name"] for line in told if line["kind"] == "roof"}
+    assert [line["shape"] for line in told if line["kind"] == "row"] == ["b", "a"]
+
+
+def test_ratios_and_goals_follow_from_times(tmp_path):
+    peers = {"slow": lambda: nap(0.012), "fast": lambda: nap(0.002)}
+    goals = [Goal("peer", 1.5, "slow"), Goal("peer", 1.0, "fast"), Goal("peer", 1.0, "absent")]
+    (row,) = run([case("x", peers=peers, goals=goals)], tmp_path)
+    assert row["ratios"]["slow"] > 1.5
+    assert row["ratios"]["fast"] < 1.0
+    assert [goal["met"] for goal in row["goals"]] == [True, False, None]
+    assert row["gbytes_per_s"] == pytest.approx(4e6 / row["ours_us"] / 1e3)
+    assert row["tflops"] == pytest.approx(1e9 / row["ours_us"] / 1e6)
+    text = (tmp_path / "kernels.txt").read_text()
+    assert "met" in text
+    assert "MISSED" in text
+    assert "not measured" in text
+
+
+def test_bandwidth_and_error_have_their_verdicts(tmp_path):
+    goals = [Goal("copy", 1e-9), Goal("read", 1e9), Goal("error", 1e-5)]
+    (row,) = run([case("x", goals=goals, error=lambda: 1e-6)], tmp_path)
+    assert [goal["met"] for goal in row["goals"]] == [True, False, True]
+    (row,) = run([case("x", goals=goals, error=lambda: 1e-4)], tmp_path)
+    assert row["goals"][2]["met"] is False
+
+
+def test_a_peer_that_fails_stops_nothing(tmp_path):
+    peers = {"broken": fail, "breaks": lambda: fail, "sound": lambda: nap(0.001)}
+    rows = run([case("x", peers=peers), case("y")], tmp_path)
+    assert set(rows[0]["peers_failed"]) == {"broken", "breaks"}
+    assert "broken peer" in rows[0]["peers_failed"]["broken"]
+    assert set(rows[0]["ratios"]) == {"sound"}
+    assert "ours_us" in rows[1]
+
+
+def test_a_case_that_fails_stops_no_other(tmp_path):
+    missing = Case("none", "z", "forward", "bf16", (), lambda device, tiny: __import__("marrow.kernels.none"))
+    rows = run([case("x", ours=fail), missing, case("y")], tmp_path)
+    assert "broken peer" in rows[0]["error"]
+    assert rows[1]["error"] == "there is no such operator"
+    assert "ours_us" in rows[2]
+
+
+def test_late_peers_have_a_second_round(tmp_path):
+    order = []
+    peers = {
+        "early": lambda: order.append("early") or nap(0.001),
+        "late": lambda: order.append("late") or nap(0.02),
+    }
+    rows = run([case("x", peers=peers, late=("late",)), case("y", made=order)], tmp_path)
+    assert order == ["early", "y", "late"]
+    assert set(rows[0]["ratios"]) == {"early", "late"}
+    assert [line["shape"] for line in lines(tmp_path) if line["kind"] == "row"] == ["x", "y", "x"]
+
+
+@pytest.mark.slow
+def test_the_budget_is_kept_and_the_rows_that_are_there_stay(tmp_path):
+    started = time.monotonic()
+    endless = [
+        case("a"),
+        case("b", ours=nap(60.0)),
+        case("c", peers={"late": lambda: nap(0.0)}, late=("late",)),
+    ]
+    rows = run(endless, tmp_path, budget_s=2.5)
+    assert time.monotonic() - started < 6.0
+    assert "ours_us" in rows[0]
+    assert "took longer than" in rows[1]["error"]
+    assert rows[2]["error"] == "no time was left"
+    assert len([line for line in lines(tmp_path) if line["kind"] == "row"]) == 3
+
+
+@pytest.mark.slow
+def test_a_late_peer_without_time_leaves_the_first_round_s_figures(tmp_path):
+    (row,) = run([case("x", peers={"late": lambda: nap(60.0)}, late=("late",))], tmp_path, budget_s=2.5)
+    assert "ours_us" in row
+    assert "late" in row["peers_failed"]
+    assert "error" not in row
+
+
+def test_a_caller_brings_peers(tmp_path):
+    def hook(op, direction, inputs):
+        assert (op, direction, len(inputs)) == ("rms_norm", "forward", 1)
+        return {"Liger": lambda: nap(0.008)}
+
+    (row,) = run([case("x", goals=[Goal("peer", 1.0, "Liger")])], tmp_path, hook=hook)
+    assert row["goals"][0]["met"] is True
+
+
+def test_the_kernel_table_is_left_as_it_was(tmp_path):
+    dispatch.reset("reference")
+    run([case("x")], tmp_path)
+    assert dispatch.wanted() == "reference"
+
+
+def test_an_inner_limit_leaves_the_outer_one_in_force():
+    def wait_twice():
+        with limited(0.3):
+            with pytest.raises(TooLateError), limited(0.05):
+                time.sleep(5)
+            time.sleep(5)
+
+    with pytest.raises(TooLateError):
+        wait_twice()
+    time.sleep(0.4)  # nothing is left that could strike
+
+
+def test_all_cases_have_names_of_their_own_and_one_of_each_group_comes_first():
+    cases = gpu_cases.all_cases()
+    assert len({case.name for case in cases}) == len(cases)
+    first = {case.op for case in cases[:11]}
+    assert {"rms_norm", "swiglu", "attention", "paged_attention", "linear_cross_entropy"} <= first
+    assert {"int4_linear", "top_k"} <= first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", gpu_cases.all_cases(), ids=lambda case: case.name)
+def test_every_case_runs_on_tiny_shapes(case):
+    (row,) = Bench(device="cpu", budget_s=60.0, is_tiny=True).measure([case])
+    assert "error" not in row, row["error"]
+    assert row["ours_us"] > 0
+
+
+def test_the_table_of_nothing_is_a_headline():
+    assert "roofs" in table([], {"copy": 1.0}, {"device": "cpu"})
+
+
+# Tuning
+
+
+def tunable(naps, default, made=None):
+    """A case whose time follows its configuration."""
+
+    def make(device, is_tiny):
+        def ours():
+            candidates = [{"BLOCK": block} for block in naps if block != default]
+            time.sleep(
+                naps[tile.config("planted", "small", {"BLOCK": default}, candidates)["BLOCK"]] or fail()
+            )
+
+        return Work(ours, (torch.ones(1),), {}, 1.0, 1.0)
+
+    return Case("rms_norm", "x", "forward", "bf16", (), make)
+
+
+def test_the_fastest_configuration_is_written(tmp_path):
+    said = []
+    naps = {16: 0.01, 32: 0.002, 64: 0.02, 128: 0}  # 0: a candidate that fails
+    path = tune([tunable(naps, 16)], device="cpu", folder=tmp_path, tell=said.append)
+    assert tables.load("cpu", tmp_path) == {"planted": {"small": {"BLOCK": 32}}}
+    assert path.parent == tmp_path
+    assert len(said) == 1
+
+
+def test_a_default_that_is_fastest_stays(tmp_path):
+    tune([tunable({16: 0.002, 32: 0.01}, 16)], device="cpu", folder=tmp_path)
+    assert tables.load("cpu", tmp_path) == {"planted": {"small": {}}}
+
+
+def test_a_case_that_cannot_be_tuned_stops_no_other(tmp_path):
+    said = []
+    cases = [case("x", ours=fail), tunable({16: 0.01, 32: 0.002}, 16)]
+    tune(cases, device="cpu", folder=tmp_path, tell=said.append)
+    assert "broken peer" in said[0]
+    assert tables.load("cpu", tmp_path)["planted"] == {"small": {"BLOCK": 32}}
