@@ -17,7 +17,7 @@ from marrow.core import native
 
 _data_ptr = methodcaller("data_ptr")
 _FOLDER = Path(__file__).parent / "csrc"
-_TYPES = {
+_TYPES: dict[str, Any] = {
     "p": ctypes.c_void_p,
     "l": ctypes.c_long,
     "i": ctypes.c_int,

@@ -80,8 +80,9 @@ class Decoder(nn.Module):
         """
         config = self.config
         angles = rope_angles(positions_N, config.head_size, config.rope_theta, self.embedding_VC.dtype)
-        stream_NC, update_NC = F.embedding(tokens_N, self.embedding_VC), None
-        for layer in self.layers:
+        first, *others = self.layers
+        stream_NC, update_NC = first(F.embedding(tokens_N, self.embedding_VC), None, angles, attend)
+        for layer in others:
             stream_NC, update_NC = layer(stream_NC, update_NC, angles, attend)
         return add_rms_norm(stream_NC, update_NC, self.norm_C, config.norm_eps)[0]
 

@@ -123,9 +123,9 @@ static found *empty_heaps(long count) {
     return heaps;
 }
 
-/* PERF: one query takes 0.83 (int8), 0.93 (bf16) times as long with what is far enough ahead fetched early. */
+/* PERF: one query takes 0.94 times as long with what is a little ahead fetched early; no more in fp32. */
 INLINE void fetch_ahead(const void *row, long bytes) {
-    for (long at = 0; at < bytes; at += 64) __builtin_prefetch((const char *)row + at + 4096);
+    for (long at = 0; at < bytes; at += 64) __builtin_prefetch((const char *)row + at + 1536);
 }
 
 INLINE const void *row_at(const void *vectors, int64_t row, long columns, int type) {
