@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from marrow.kernels.optimisers.newton_schulz import newton_schulz
 from marrow.models.config import ModelConfig
 from marrow.models.decoder import Decoder
 from marrow.train.config import TrainRecipe
-from marrow.train.optimiser import Optimiser, hidden_matrices, orthogonalise
+from marrow.train.optimiser import Optimiser, hidden_matrices
 
 MODEL = ModelConfig(
     vocab_size=40,
@@ -106,9 +107,9 @@ def test_muon_is_the_textbooks() -> None:
             torch.testing.assert_close(found, weight, rtol=1e-4, atol=2e-5, msg=f"{name}[{index}]")
 
 
-def test_orthogonalise_keeps_the_vectors_and_evens_the_values() -> None:
+def test_newton_schulz_keeps_the_vectors_and_evens_the_values() -> None:
     matrices = torch.randn(3, 12, 20, generator=torch.Generator().manual_seed(0))
-    found = orthogonalise(matrices)
+    found = newton_schulz(matrices)
     for matrix, direction in zip(matrices, found, strict=True):
         u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
         assert values.max() / values.min() > 2

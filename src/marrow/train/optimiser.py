@@ -18,13 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from marrow.kernels.optimisers.adamw import adamw
+from marrow.kernels.optimisers.newton_schulz import newton_schulz
 from marrow.models.config import ModelConfig
 from marrow.models.decoder import Decoder
 from marrow.train.config import TrainRecipe
 
 EPSILON = 1e-8
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's coefficients: fast from small, to 0.7..1.2, not to 1
-NEWTON_SCHULZ_STEPS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class Optimiser:
         self._step_muon(self.recipe.lr * lr_factor, scale)
         self._step_adamw(self.recipe.adamw_lr * lr_factor, scale)
         for name, weight in self.weights.items():
-            if weight.dtype != torch.float32:
+            if weight.dtype != torch.float32 and name not in self.mean:
                 weight.copy_(self.masters[name])
         self.gradients.clear()
         return norm
@@ -141,7 +141,7 @@ class Optimiser:
             momentum_MRC.mul_(beta).add_(gradient_MRC, alpha=(1 - beta) * scale)
             # Nesterov: the direction looks one gradient ahead.
             ahead_MRC = momentum_MRC.mul(beta).add_(gradient_MRC, alpha=(1 - beta) * scale)
-            direction_MRC = orthogonalise(ahead_MRC.to(self.weights[group[0].name].dtype)).float()
+            direction_MRC = newton_schulz(ahead_MRC.to(self.weights[group[0].name].dtype)).float()
             for matrix, direction_RC in zip(group, direction_MRC, strict=True):
                 master_RC = matrix.of(self.masters)
                 if self.recipe.weight_decay:
@@ -149,18 +149,22 @@ class Optimiser:
                 master_RC.add_(direction_RC, alpha=-lr * matrix.lr_scale)
 
     def _step_adamw(self, lr: float, scale: float) -> None:
-        beta1, beta2 = self.recipe.beta1, self.recipe.beta2
-        unbias1, unbias2 = 1 - beta1**self.step_count, 1 - beta2**self.step_count
-        for name in self.adamw_names:
-            gradient = self.gradients[name].float()
-            if scale != 1.0:
-                gradient = gradient * scale
-            mean, square, master = self.mean[name], self.square[name], self.masters[name]
-            mean.lerp_(gradient, 1 - beta1)
-            square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            if self.recipe.weight_decay and master.ndim == 2:
-                master.mul_(1 - lr * self.recipe.weight_decay)
-            master.addcdiv_(mean, (square / unbias2).sqrt_().add_(EPSILON), value=-lr / unbias1)
+        for decay in (True, False):  # vectors do not decay
+            names = [name for name in self.adamw_names if (self.masters[name].ndim == 2) is decay]
+            narrow = [self.weights[name] for name in names if self.weights[name].dtype != torch.float32]
+            adamw(
+                [self.masters[name] for name in names],
+                [self.gradients[name] for name in names],
+                [self.mean[name] for name in names],
+                [self.square[name] for name in names],
+                lr=lr,
+                step=self.step_count,
+                betas=(self.recipe.beta1, self.recipe.beta2),
+                eps=EPSILON,
+                weight_decay=self.recipe.weight_decay if decay else 0.0,
+                scale=scale,
+                copies=narrow,
+            )
 
     def state(self) -> dict[str, Tensor]:
         """Return masters and moments by name: views, all fp32. With `step_count` they are all there is."""
@@ -179,22 +183,6 @@ class Optimiser:
         for name, weight in self.weights.items():
             weight.copy_(self.masters[name])
         self.step_count = step_count
-
-
-def orthogonalise(matrices_MRC: Tensor) -> Tensor:
-    """Set the singular values of each matrix to about 1 (between 0.7 and 1.2), keeping its vectors.
-
-    Args: matrices_MRC: [M, R, C] with R <= C, in the dtype to compute in.
-    Cost: 5 (4 R^2 C + 2 R^3) M FLOPs. Source: Jordan et al. 2024, the quintic Newton-Schulz iteration.
-    """
-    a, b, c = NEWTON_SCHULZ
-    norm_M11: Tensor = torch.linalg.vector_norm(matrices_MRC, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    x_MRC: Tensor = matrices_MRC / (norm_M11 + 1e-7).to(matrices_MRC.dtype)
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        gram_MRR = x_MRC @ x_MRC.mT
-        poly_MRR = torch.baddbmm(gram_MRR, gram_MRR, gram_MRR, beta=b, alpha=c)
-        x_MRC = torch.baddbmm(x_MRC, poly_MRR, x_MRC, beta=a)
-    return x_MRC
 
 
 def _norm(tensor: Tensor) -> Tensor:

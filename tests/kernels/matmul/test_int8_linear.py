@@ -65,7 +65,10 @@ def test_rounded_rows_are_those_of_the_reference(path, dtype, rows, outputs, inp
 @pytest.mark.parametrize("use_tiles", [False, True])
 @settings(max_examples=25)
 @hypothesis.given(
-    rows=st.integers(1, 70), outputs=st.integers(1, 40), inputs=st.integers(1, 300), seed=st.integers(0, 2**31)
+    rows=st.integers(1, 70),
+    outputs=st.integers(1, 40),
+    inputs=st.integers(1, 300),
+    seed=st.integers(0, 2**31),
 )
 def test_any_shape_agrees_with_the_reference(use_tiles, rows, outputs, inputs, seed):
     weight, scales = random_weight(outputs, inputs, seed)

@@ -13,7 +13,7 @@
 #endif
 
 #define LANES 16
-#define STREAMED_BYTES (1L << 60)
+#define STREAMED_BYTES (32L << 20)
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float lanes __attribute__((vector_size(64)));

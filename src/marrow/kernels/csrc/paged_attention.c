@@ -184,7 +184,8 @@ INLINE void compute(const call *c, const task *t, room *r, long padded, int type
     const int32_t *blocks = c->blocks + t->sequence * c->list;
     layout l = layout_of(t);
     int is_copied = kv != SAME || c->block % LANES != 0;
-    int are_keys_copied = is_copied || (type == BF16 && c->size != padded);
+    /* Rows at a power of two fall on few places of the nearest cache: not to be read over and over. */
+    int are_keys_copied = is_copied || (type == BF16 && c->size != padded) || l.tiles * l.heads > 2 * t->heads;
     float scale = c->softcap != 0 ? c->scale / c->softcap : c->scale * LOG2E;
     int32_t places[LANES];
     /* Rows of p, 16 for each head of a tile and 12 of zeros before: a head's left factor is a window of 16 rows that
@@ -198,6 +199,8 @@ INLINE void compute(const call *c, const task *t, room *r, long padded, int type
     for (long first = t->first_key; first < t->end_key; first += KEYS) {
         long left = t->end_key - first, count = left < KEYS ? left : KEYS;
         int has_panel = 0;
+        long key_stride = 0;
+        const char *keys[4] = {0}, *values[4];
         /* The chunk after this one, whole blocks of it. */
         long some = (first + KEYS) / c->block, end = first + 2 * KEYS < t->end_key ? first + 2 * KEYS : t->end_key;
         memory.blocks = blocks + some, memory.at = 0, memory.number = (end + c->block - 1) / c->block - some;
@@ -205,14 +208,14 @@ INLINE void compute(const call *c, const task *t, room *r, long padded, int type
             const int32_t *low = r->low + tile * LANES, *high = r->high + tile * LANES;
             if (is_outside(low, high, first, first + count)) continue;
             float *o = r->o + tile * LANES * padded;
-            const char *rows[4];
             long heads = l.heads == 1 ? 1 : t->heads - tile * l.heads;
             heads = heads < l.heads ? heads : l.heads;
             for (long i = 0; i < heads; i++) {
                 long head = tile * l.heads + i;
-                long stride = find_rows(c, c->keys, blocks, first, count, t->head + (l.heads > 1 ? head : 0),
-                                        are_keys_copied, padded, r->key_rows, rows, type, kv);
-                product_keys(r->scores, rows, stride, r->panels + head * LANES * padded * bytes_of(type),
+                if (!keys[0] || l.heads > 1)
+                    key_stride = find_rows(c, c->keys, blocks, first, count, t->head + (l.heads > 1 ? head : 0),
+                                           are_keys_copied, padded, r->key_rows, keys, type, kv);
+                product_keys(r->scores, keys, key_stride, r->panels + head * LANES * padded * bytes_of(type),
                              type == BF16 ? padded : c->size, i > 0, c->tiles, next, type);
             }
             if (kv != SAME) spread_scales(c, t, &l, r, blocks, tile, first, count);
@@ -224,8 +227,8 @@ INLINE void compute(const call *c, const task *t, room *r, long padded, int type
                 if (!has_panel || l.heads > 1) {
                     long stride = find_rows(c, c->values, blocks, first, count,
                                             t->head + (l.heads > 1 ? tile * l.heads + i : 0), is_copied, padded,
-                                            r->value_rows, rows, type, kv);
-                    panel_of_values(r->panel, rows, stride, count, c->size, padded, next, type);
+                                            r->value_rows, values, type, kv);
+                    panel_of_values(r->panel, values, stride, count, c->size, padded, next, type);
                     has_panel = 1;
                 }
                 long lane = i * l.rows, some = t->rows < l.rows ? t->rows : l.rows;

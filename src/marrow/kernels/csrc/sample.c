@@ -310,7 +310,7 @@ INLINE void report(const sampling *given, long row, const void *x, row_sums sums
 
 /* Draw from `x`, the row with its penalties. Returns the token, -1 for a row that cannot be drawn from. */
 INLINE long draw(const void *x, long columns, const float *factors, const int64_t *keys, scratch *own, long *kept,
-                 double *total, int type) {
+                 int type) {
     float temperature = factors[TEMPERATURE], top_p = factors[TOP_P], min_p = factors[MIN_P];
     long top_k = keys[TOP_K] > 0 && keys[TOP_K] < columns ? keys[TOP_K] : columns;
     int is_greedy = !(temperature > 0);
@@ -334,11 +334,11 @@ INLINE long draw(const void *x, long columns, const float *factors, const int64_
     float inverse = 1 / temperature < 1e30f ? 1 / temperature : 1e30f;
     double u = uniform((uint64_t)keys[SEED], (uint64_t)keys[POSITION]);
     double cut = min_p > 0 ? most + (double)temperature * log(min_p) : (double)NONE;
+    double mass = 0;
     if (top_k == columns && top_p >= 1 && !(min_p > 0)) {
         *kept = columns;
-        return invert_row(x, columns, most, inverse, u, own, total, type);
+        return invert_row(x, columns, most, inverse, u, own, &mass, type);
     }
-    double mass = 0;
     if (top_k == columns && top_p < 1) { /* what has less than its share of the rest of the mass is beyond top-p */
         invert_row(x, columns, most, inverse, 0, own, &mass, type);
         double share = (1.0 - top_p) * mass / columns;
@@ -378,13 +378,12 @@ INLINE void sample_row(const sampling *given, long row, scratch *own, int type) 
     const float *factors = given->factors + row * FACTORS;
     const int64_t *keys = given->keys + row * KEYS;
     long count = given->starts[row + 1] - given->starts[row], kept;
-    double total = 0;
     if (count && (factors[REPETITION] != 1 || factors[PRESENCE] != 0 || factors[FREQUENCY] != 0)) {
         const int64_t *history = given->history + given->starts[row];
         const void *penalised = penalise(x, given->columns, factors, history, count, keys[DRAWN], own, type);
-        given->tokens[row] = draw(penalised, given->columns, factors, keys, own, &kept, &total, F32);
+        given->tokens[row] = draw(penalised, given->columns, factors, keys, own, &kept, F32);
     } else {
-        given->tokens[row] = draw(x, given->columns, factors, keys, own, &kept, &total, type);
+        given->tokens[row] = draw(x, given->columns, factors, keys, own, &kept, type);
     }
     given->kept[row] = kept;
     row_sums sums = {0};

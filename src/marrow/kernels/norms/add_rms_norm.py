@@ -14,7 +14,7 @@ from torch import Tensor
 from marrow.kernels import native, tile
 from marrow.kernels.dispatch import Example, Gradient, Operator
 from marrow.kernels.norms.rms_norm import rms_norm_reference
-from marrow.kernels.norms.rows import PART, backward_tiles, parts, row_tiles
+from marrow.kernels.norms.rows import PART, in_dtype_of, backward_tiles, count_rows, parts, row_tiles
 from marrow.kernels.tile import tl
 
 
@@ -124,10 +124,10 @@ def forward_cpu(
     residual_NC: Tensor, x_NC: Tensor, weight_C: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows in C, shared among torch's threads."""
-    residual_NC, x_NC, weight_C = residual_NC.contiguous(), x_NC.contiguous(), weight_C.contiguous()
+    residual_NC, x_NC, weight_C = residual_NC.contiguous(), x_NC.contiguous(), in_dtype_of(x_NC, weight_C)
     y_NC, total_NC, scale_N = _empty(residual_NC, x_NC, weight_C, eps)
     native.function("add_rms_norm", "add_rms_norm_forward", "ppppppllfii")(
-        *native.pointers(residual_NC, x_NC, weight_C.to(x_NC.dtype), y_NC, total_NC, scale_N),
+        *native.pointers(residual_NC, x_NC, weight_C, y_NC, total_NC, scale_N),
         *(scale_N.numel(), x_NC.shape[-1], eps, torch.get_num_threads(), native.type_of(x_NC)),
     )
     return y_NC, total_NC, scale_N
@@ -138,10 +138,10 @@ def backward_cpu(
 ) -> tuple[Tensor, Tensor]:
     """Parts of PART rows in C; torch adds their sums of the weight's gradient."""
     dy_NC, dtotal_NC, threads = dy_NC.contiguous(), dtotal_NC.contiguous(), torch.get_num_threads()
-    columns, wide_C = total_NC.shape[-1], weight_C.to(total_NC.dtype).contiguous()
+    columns, like_C = total_NC.shape[-1], in_dtype_of(total_NC, weight_C)
     dx_NC, partial_PC = torch.empty_like(total_NC), scale_N.new_empty(parts(scale_N), columns)
     native.function("add_rms_norm", "add_rms_norm_backward", "ppppppplllii")(
-        *native.pointers(dy_NC, dtotal_NC, total_NC, wide_C, scale_N, dx_NC, partial_PC),
+        *native.pointers(dy_NC, dtotal_NC, total_NC, like_C, scale_N, dx_NC, partial_PC),
         *(scale_N.numel(), columns, PART, threads, native.type_of(total_NC)),
     )
     return dx_NC, partial_PC.sum(0).to(weight_C.dtype)
@@ -153,7 +153,7 @@ def backward_cpu(
 def _empty(residual_NC: Tensor, x_NC: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate the normed sum, the sum, and one scale a row."""
     y_NC = torch.empty_like(x_NC, memory_format=torch.contiguous_format)
-    return y_NC, torch.empty_like(y_NC), x_NC.new_empty(x_NC.shape[:-1], dtype=torch.float32)
+    return y_NC, torch.empty_like(y_NC), x_NC.new_empty(count_rows(x_NC), dtype=torch.float32)
 
 
 def _empty_gradients(

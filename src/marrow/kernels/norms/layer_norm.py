@@ -12,7 +12,7 @@ from torch import Tensor
 
 from marrow.kernels import native, tile
 from marrow.kernels.dispatch import Example, Gradient, Operator
-from marrow.kernels.norms.rows import PART, backward_tiles, parts, row_tiles
+from marrow.kernels.norms.rows import PART, in_dtype_of, backward_tiles, count_rows, parts, row_tiles
 from marrow.kernels.tile import tl
 
 
@@ -129,7 +129,7 @@ def backward_triton(
 def forward_cpu(x_NC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Rows in C, shared among torch's threads."""
     x_NC, (y_NC, mean_N, scale_N) = x_NC.contiguous(), _empty(x_NC, weight_C, bias_C, eps)
-    weight_C, bias_C = (given.to(x_NC.dtype).contiguous() for given in (weight_C, bias_C))
+    weight_C, bias_C = in_dtype_of(x_NC, weight_C), in_dtype_of(x_NC, bias_C)
     native.function("layer_norm", "layer_norm_forward", "ppppppllfii")(
         *native.pointers(x_NC, weight_C),
         bias_C.data_ptr() if bias_C.numel() else 0,
@@ -144,10 +144,10 @@ def backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Parts of PART rows in C; torch adds their sums of the gradients of weight and bias."""
     dy_NC, x_NC, threads = dy_NC.contiguous(), x_NC.contiguous(), torch.get_num_threads()
-    columns, wide_C = x_NC.shape[-1], weight_C.to(x_NC.dtype).contiguous()
+    columns, like_C = x_NC.shape[-1], in_dtype_of(x_NC, weight_C)
     dx_NC, partial_P2C = torch.empty_like(x_NC), scale_N.new_empty(parts(scale_N), 2, columns)
     native.function("layer_norm", "layer_norm_backward", "ppppppplllii")(
-        *native.pointers(dy_NC, x_NC, wide_C, mean_N, scale_N, dx_NC, partial_P2C),
+        *native.pointers(dy_NC, x_NC, like_C, mean_N, scale_N, dx_NC, partial_P2C),
         *(scale_N.numel(), columns, PART, threads, native.type_of(x_NC)),
     )
     return dx_NC, *_sums(partial_P2C, weight_C, bias_C)
@@ -165,7 +165,7 @@ def _sums(partial_P2C: Tensor, weight_C: Tensor, bias_C: Tensor) -> tuple[Tensor
 def _empty(x_NC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate y, and one mean and scale a row."""
     y_NC = torch.empty_like(x_NC, memory_format=torch.contiguous_format)
-    mean_N = x_NC.new_empty(x_NC.shape[:-1], dtype=torch.float32)
+    mean_N = x_NC.new_empty(count_rows(x_NC), dtype=torch.float32)
     return y_NC, mean_N, torch.empty_like(mean_N)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from marrow.kernels import native, tile
 from marrow.kernels.dispatch import Example, Gradient, Operator
-from marrow.kernels.norms.rows import PART, backward_tiles, parts, row_tiles
+from marrow.kernels.norms.rows import PART, in_dtype_of, backward_tiles, count_rows, parts, row_tiles
 from marrow.kernels.tile import tl
 
 
@@ -100,7 +100,7 @@ def backward_triton(dy_NC: Tensor, x_NC: Tensor, weight_C: Tensor, scale_N: Tens
 
 def forward_cpu(x_NC: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Rows in C, shared among torch's threads."""
-    x_NC, weight_C = x_NC.contiguous(), weight_C.to(x_NC.dtype).contiguous()
+    x_NC, weight_C = x_NC.contiguous(), in_dtype_of(x_NC, weight_C)
     y_NC, scale_N = _empty(x_NC, weight_C, eps)
     native.function("rms_norm", "rms_norm_forward", "ppppllfii")(
         *native.pointers(x_NC, weight_C, y_NC, scale_N),
@@ -111,12 +111,12 @@ def forward_cpu(x_NC: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Ten
 
 def backward_cpu(dy_NC: Tensor, x_NC: Tensor, weight_C: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
     """Parts of PART rows in C; torch adds their sums of the weight's gradient."""
-    dy_NC, x_NC, threads = dy_NC.contiguous(), x_NC.contiguous(), torch.get_num_threads()
-    dx_NC = torch.empty_like(x_NC)
-    partial_PC = scale_N.new_empty(parts(scale_N), x_NC.shape[-1])
+    dy_NC, x_NC, like_C = dy_NC.contiguous(), x_NC.contiguous(), in_dtype_of(x_NC, weight_C)
+    columns, threads = x_NC.shape[-1], torch.get_num_threads()
+    dx_NC, partial_PC = torch.empty_like(x_NC), scale_N.new_empty(parts(scale_N), columns)
     native.function("rms_norm", "rms_norm_backward", "pppppplllii")(
-        *native.pointers(dy_NC, x_NC, weight_C.to(x_NC.dtype).contiguous(), scale_N, dx_NC, partial_PC),
-        *(scale_N.numel(), x_NC.shape[-1], PART, threads, native.type_of(x_NC)),
+        *native.pointers(dy_NC, x_NC, like_C, scale_N, dx_NC, partial_PC),
+        *(scale_N.numel(), columns, PART, threads, native.type_of(x_NC)),
     )
     return dx_NC, partial_PC.sum(0).to(weight_C.dtype)
 
@@ -127,7 +127,7 @@ def backward_cpu(dy_NC: Tensor, x_NC: Tensor, weight_C: Tensor, scale_N: Tensor)
 def _empty(x_NC: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Allocate y and one scale a row."""
     y_NC = torch.empty_like(x_NC, memory_format=torch.contiguous_format)
-    return y_NC, x_NC.new_empty(x_NC.shape[:-1], dtype=torch.float32)
+    return y_NC, x_NC.new_empty(count_rows(x_NC), dtype=torch.float32)
 
 
 def _empty_gradients(dy_NC: Tensor, x_NC: Tensor, weight_C: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,17 @@ PART = 64  # rows of a part: its sum, in fp32, costs 3 % of the traffic of bf16 
 _ELEMENTS = 2048  # of a tile of short rows: 16 bytes a thread and load at 4 warps and above
 
 
+def count_rows(x_NC: Tensor) -> int:
+    """Return how many rows there are over all leading axes."""
+    return x_NC.numel() // max(1, x_NC.shape[-1])
+
+
+def in_dtype_of(x_NC: Tensor, weight_C: Tensor) -> Tensor:
+    """Return the weight as C reads it: contiguous, in x's dtype (rounded where that is narrower)."""
+    weight_C = weight_C.contiguous()
+    return weight_C if weight_C.dtype == x_NC.dtype else weight_C.to(x_NC.dtype)  # to() takes a microsecond
+
+
 def parts(scale_N: Tensor) -> int:
     """Return how many parts there are, from one number a row."""
     return -(-scale_N.numel() // PART)
