@@ -120,6 +120,13 @@ def test_phantom_tensors_stand_beside_real_ones():
         tile.launch(faulty.follow, (2,), table, x, y, BLOCK=4096)
 
 
+def test_phantom_tensors_read_as_zeros_but_masked_lanes_as_asked():
+    out = torch.full((8,), 7.0)
+    with phantom():
+        tile.launch(faulty.masked_load, (1,), meta(4), out, 4, BLOCK=8)
+    assert out.tolist() == [0.0] * 4 + [-1.0] * 4
+
+
 def test_what_cannot_run_on_phantoms_says_so():
     with phantom(), pytest.raises(MemoryFault, match="atomic_cas"):
         tile.launch(faulty.swap, (1,), meta(1, dtype=torch.int32))

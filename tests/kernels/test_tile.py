@@ -6,7 +6,7 @@ import faulty_kernels
 import pytest
 import torch
 
-from marrow.kernels import tile
+from marrow.kernels import compiled, tile
 from marrow.kernels.configs import tables
 from marrow.kernels.memory import meta
 
@@ -58,7 +58,7 @@ def test_the_default_is_not_handed_out_to_be_changed():
 
 
 def test_a_table_is_read_by_device_and_grows(tmp_path):
-    facts = {"torch": "2", "triton": "3", "date": "2026-01-31"}
+    facts = {"capability": "90", "torch": "2", "triton": "3", "date": "2026-01-31"}
     tables.write("NVIDIA H200", {"a": {"x": {"BLOCK": 1}}, "b": {"x": {"BLOCK": 2}}}, facts, tmp_path)
     path = tables.write("NVIDIA H200", {"a": {"x": {"BLOCK": 3}, "y": {}}}, facts, tmp_path)
     assert path.name == "nvidia-h200.json"
@@ -66,6 +66,8 @@ def test_a_table_is_read_by_device_and_grows(tmp_path):
     assert tables.load("NVIDIA H200", tmp_path) == expected
     assert tables.load("NVIDIA H100", tmp_path) == {}
     assert json.loads(path.read_text())["date"] == "2026-01-31"
+    assert tables.of_capability(90, tmp_path) == [expected]
+    assert tables.of_capability(80, tmp_path) == []
 
 
 def test_every_committed_table_can_be_read():
@@ -80,3 +82,13 @@ def test_a_row_fits_into_its_block(columns, block):
     options = tile.row_options(columns, torch.bfloat16)
     assert options["BLOCK"] == block
     assert options["num_warps"] in (1, 2, 4, 8, 16, 32)
+
+
+def test_what_was_tuned_on_a_device_is_compiled_ahead_of_time_too(tmp_path, monkeypatch):
+    from marrow.kernels.search import top_k  # registers an operator that asks for its configuration
+
+    table = {"top_k": {"one query": {"num_warps": 16}}}
+    monkeypatch.setattr(tables, "of_capability", lambda capability: [table] if capability == 90 else [])
+    tasks, complaints = compiled.collect([top_k.OPERATOR.name])
+    assert complaints == []
+    assert {task.row.arch for task in tasks if "num_warps=16" in task.row.config} == {90}

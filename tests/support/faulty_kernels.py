@@ -77,5 +77,11 @@ def follow(table, x, y, BLOCK: tl.constexpr):
 
 
 @tile.jit
+def masked_load(source, target, count, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(target + at, tl.load(source + at, mask=at < count, other=-1.0))
+
+
+@tile.jit
 def swap(lock):
     tl.atomic_cas(lock, 0, 1)

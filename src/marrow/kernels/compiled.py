@@ -33,6 +33,7 @@ from torch import Tensor
 from marrow import kernels
 from marrow.core import native
 from marrow.kernels import dispatch, tile
+from marrow.kernels.configs import tables
 from marrow.kernels.dispatch import Example, Operator
 from marrow.kernels.dispatch import Path as KernelPath
 
@@ -129,15 +130,24 @@ def collect(
 def _of_operator(
     operator: Operator, path: KernelPath, dtype: torch.dtype, arch: int
 ) -> Iterator[tuple[Row, tile.Launch]]:
-    """Record the launches of all examples of an operator."""
+    """Record the launches of all examples of an operator: with its defaults, and as tuned on devices."""
+    tuned: list[dict[tuple[str, str], dict[str, Any]]] = [
+        {
+            (op, shape_class): entries
+            for op, classes in table.items()
+            for shape_class, entries in classes.items()
+        }
+        for table in tables.of_capability(arch)
+    ]
     for example in operator.examples(dtype, "meta"):
-        with tile.recording(arch) as recorded:
-            run_example(operator, path, example)
-        for launch in recorded:
-            settings = launch.constants | launch.options
-            config = " ".join(f"{key}={_text(value)}" for key, value in sorted(settings.items()))
-            kernel = launch.kernel.__name__
-            yield Row(operator.name, kernel, example.label, _short(dtype), arch, config), launch
+        for forced in ({}, *tuned):
+            with tile.configuring(forced), tile.recording(arch) as recorded:
+                run_example(operator, path, example)
+            for launch in recorded:
+                settings = launch.constants | launch.options
+                config = " ".join(f"{key}={_text(value)}" for key, value in sorted(settings.items()))
+                kernel = launch.kernel.__name__
+                yield Row(operator.name, kernel, example.label, _short(dtype), arch, config), launch
 
 
 def run_example(operator: Operator, path: KernelPath, example: Example) -> None:

@@ -241,8 +241,10 @@ class Bench:
 def facts(device: str) -> dict[str, Any]:
     """Return what a table must say of where it was measured."""
     is_gpu = device.startswith("cuda")
+    major, minor = torch.cuda.get_device_capability() if is_gpu else (0, 0)
     return {
         "device": torch.cuda.get_device_name() if is_gpu else "cpu",
+        "capability": 10 * major + minor,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": getattr(triton, "__version__", None),

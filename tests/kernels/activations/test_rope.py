@@ -10,8 +10,9 @@ from thread_counts import one_and_two
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from marrow.kernels.activations.rope import OPERATOR, rope, rope_angles
+from marrow.kernels.activations.rope import OPERATOR, backward_triton, forward_triton, rope, rope_angles
 from marrow.kernels.activations.rope_frequencies import RopeScaling
+from marrow.kernels.memory import meta, phantom
 
 PATHS = usable(OPERATOR)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -115,6 +116,20 @@ def test_threads_change_nothing():
     given = inputs(70, 8, 32)
     one, two = one_and_two(lambda: run(OPERATOR, "cpu", given, torch.float32))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_angles_that_do_not_fit_are_refused():
+    x, cos, sin = inputs(3, 2, 4)
+    for given in ((cos[:2], sin), (cos, sin[:, :3])):
+        with pytest.raises(ValueError, match="angles"):
+            rope(x, *given)
+
+
+def test_offsets_beyond_two_billion_elements_hit_their_tensors():
+    x, angles = meta(2**19, 64, 128, dtype=torch.bfloat16), meta(2**19, 64, dtype=torch.bfloat16)
+    with phantom() as watch:
+        backward_triton(forward_triton(x, angles, angles), angles, angles)
+    assert watch.launches == 2
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from operator_checks import check_budget, check_node, rounded, run, usable
 from thread_counts import one_and_two
 
-from marrow.kernels.activations.softcap import OPERATOR, softcap
+from marrow.kernels.activations.softcap import OPERATOR, backward_triton, forward_triton, softcap
+from marrow.kernels.memory import meta, phantom
 
 PATHS = usable(OPERATOR)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -70,6 +71,13 @@ def test_threads_change_nothing():
 def test_a_cap_that_is_not_positive_is_refused(cap):
     with pytest.raises(ValueError, match="cap"):
         softcap(torch.randn(2), cap)
+
+
+def test_offsets_beyond_two_billion_elements_hit_their_tensors():
+    x = meta(3 * 2**30, dtype=torch.bfloat16)
+    with phantom() as watch:
+        backward_triton(forward_triton(x, 2.0), x, 2.0)
+    assert watch.launches == 2
 
 
 @pytest.mark.slow

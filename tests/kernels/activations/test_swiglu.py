@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from operator_checks import check_budget, check_node, rounded, run, usable
 from thread_counts import one_and_two
 
-from marrow.kernels.activations.swiglu import OPERATOR, swiglu
+from marrow.kernels.activations.swiglu import OPERATOR, backward_triton, forward_triton, swiglu
+from marrow.kernels.memory import meta, phantom
 
 PATHS = usable(OPERATOR)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -86,6 +87,13 @@ def test_threads_change_nothing():
 def test_an_odd_number_of_channels_is_refused():
     with pytest.raises(ValueError, match="even"):
         swiglu(torch.randn(2, 3))
+
+
+def test_offsets_beyond_two_billion_elements_hit_their_tensors():
+    x = meta(2**18, 16384, dtype=torch.bfloat16)
+    with phantom() as watch:
+        backward_triton(forward_triton(x), x)
+    assert watch.launches == 2
 
 
 @pytest.mark.slow

@@ -1,12 +1,18 @@
+"""attention: every path against fp64, plain torch, a loop over queries, transformers and FlexAttention."""
+
+import hypothesis
 import pytest
 import torch
-from hypothesis import given, settings
+import torch.nn.functional as F
+from hypothesis import settings
 from hypothesis import strategies as st
+from operator_checks import check_budget, check_node, rounded, run, usable
 
-from marrow.kernels import dispatch
-from marrow.kernels.attention.attention import attention, attention_reference, pack
+from marrow.kernels.attention.attention import OPERATOR, attention, attention_reference, pack
 
-PATHS = list(dispatch.paths("attention"))
+PATHS = usable(OPERATOR)
+FAST = [path for path in PATHS if path != "triton"]  # the interpreter costs a second a case
+DTYPES = [torch.float32, torch.bfloat16]
 LAYOUTS = {
     "one document a row": [[12], [12]],
     "several": [[5, 7], [1, 1, 10]],
@@ -20,90 +26,109 @@ def documents(lengths: list[list[int]]) -> torch.Tensor:
     return torch.arange(len(flat), dtype=torch.int32).repeat_interleave(torch.tensor(flat))
 
 
-def qkv(tokens: int, heads: int = 4, kv_heads: int = 2, size: int = 8, seed: int = 0) -> list[torch.Tensor]:
-    make = torch.Generator().manual_seed(seed)
-    shapes = [(tokens, heads, size), (tokens, kv_heads, size), (tokens, kv_heads, size)]
-    return [torch.randn(shape, generator=make).bfloat16().double() for shape in shapes]
+def inputs(lengths, *, heads=4, kv_heads=2, size=8, window=0, softcap=0.0, seed=0):
+    """All inputs of the operator, in fp64 that bf16 holds."""
+    packing = pack(documents(lengths), sum(lengths[0]))
+    tokens = packing.first_N.numel()
+    q, k, v = (rounded(tokens, n, size, seed=seed + i) for i, n in enumerate((heads, kv_heads, kv_heads)))
+    plain = packing.first_N, packing.last_N, packing.row_tokens, packing.is_whole
+    return q, k, v, *plain, window, softcap
 
 
-def run(function, tensors, packing, dtype):
-    leaves = [t.to(dtype).requires_grad_() for t in tensors]
-    result = function(*leaves, packing)
-    weights = torch.linspace(-1, 1, result.numel()).bfloat16().view(result.shape).to(dtype)
-    return [result.detach(), *torch.autograd.grad(result, leaves, weights)]
+def plain_torch(given, dtype):
+    """Results and gradients of plain torch in a dtype: scores and softmax as torch does them, no wider."""
+
+    def function(q, k, v):
+        first, _, row_tokens, _, window, softcap = given[3:]
+        q, k, v = (x.unflatten(0, (-1, row_tokens)).transpose(1, 2) for x in (q, k, v))
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        at = torch.arange(row_tokens)
+        first = first.view(-1, row_tokens) - torch.arange(q.shape[0])[:, None] * row_tokens
+        seen = (at >= first[:, :, None]) & (at <= at[:, None])
+        if window:
+            seen &= at > at[:, None] - window
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        scores = torch.tanh(scores / softcap) * softcap if softcap else scores
+        scores = scores.masked_fill(~seen[:, None], float("-inf"))
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(0, 1)
+
+    leaves = [x.to(dtype).requires_grad_() for x in given[:3]]
+    result = function(*leaves)
+    grad = rounded(*result.shape, seed=0).to(dtype)
+    return [result.detach(), *torch.autograd.grad(result, leaves, grad)]
 
 
-def by_hand(q, k, v, lengths):
-    """A second implementation: every document alone, every query alone."""
-    outputs, at = [], 0
-    group = q.shape[1] // k.shape[1]
-    for length in (n for row in lengths for n in row):
-        for i in range(at, at + length):
-            for head in range(q.shape[1]):
-                scores = k[at : i + 1, head // group] @ q[i, head] / q.shape[2] ** 0.5
-                outputs.append(scores.softmax(0) @ v[at : i + 1, head // group])
-        at += length
+def check(path, given, dtype):
+    # ds = p (dp - delta) cancels where a query sees few keys; dp is a sum of D products, 4 sigma of them.
+    q, k, v = given[:3]
+    term = float(v.norm(dim=-1).max()) * 4 * q.shape[-1] ** -0.5
+    check_budget(
+        OPERATOR, path, given, dtype, plain=plain_torch, terms=(0.0, term * k.abs().max(), term * q.abs().max())
+    )
+
+
+def by_hand(given):
+    """A second implementation: every query of every head alone."""
+    q, k, v, first, _, _, _, window, softcap = given
+    group, outputs = q.shape[1] // k.shape[1], []
+    for i in range(q.shape[0]):
+        low = max(int(first[i]), i - window + 1) if window else int(first[i])
+        for head in range(q.shape[1]):
+            scores = k[low : i + 1, head // group] @ q[i, head] / q.shape[2] ** 0.5
+            scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+            outputs.append(scores.softmax(0) @ v[low : i + 1, head // group])
     return torch.stack(outputs).view(q.shape)
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_document_attends_as_if_it_were_alone(path, layout):
-    lengths = LAYOUTS[layout]
-    q, k, v = qkv(24)
-    packing = pack(documents(lengths), 12, torch.float64)
-    result = dispatch.paths("attention")[path].function(q, k, v, packing)
-    torch.testing.assert_close(result, by_hand(q, k, v, lengths), rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (1, 0.0), (3, 0.0), (0, 2.0)])
+def test_the_reference_sees_each_document_as_if_it_were_alone(layout, window, softcap):
+    given = inputs(LAYOUTS[layout], window=window, softcap=softcap)
+    torch.testing.assert_close(OPERATOR.reference(*given), by_hand(given), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", FAST)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_value_and_gradients_stay_within_the_error_budget(path, layout, dtype, within_budget):
-    # Plain torch of the same dtype: scores and softmax as torch does them, no wider.
-    def plain(q, k, v, packing):
-        rows, length = packing.document_BT.shape
-        q, k, v = (x.view(rows, length, -1, x.shape[-1]).transpose(1, 2) for x in (q, k, v))
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        same = packing.document_BT[:, None, :, None] == packing.document_BT[:, None, None, :]
-        scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~same.tril(), float("-inf"))
-        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(0, 1)
-
-    tensors = qkv(24)
-    packing = pack(documents(LAYOUTS[layout]), 12, dtype)
-    ours = run(dispatch.paths("attention")[path].function, tensors, packing, dtype)
-    exact = run(attention_reference, tensors, packing, torch.float64)
-    for a, b, c in zip(ours, run(plain, tensors, packing, dtype), exact, strict=True):
-        assert within_budget(a, b, c)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (1, 0.0), (3, 0.0), (0, 2.0)])
+def test_value_and_gradients_stay_within_the_error_budget(path, layout, dtype, window, softcap):
+    check(path, inputs(LAYOUTS[layout], window=window, softcap=softcap), dtype)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_gradients_are_those_of_finite_differences(path):
-    leaves = [t.requires_grad_() for t in qkv(6, heads=2, kv_heads=1, size=2)]
-    packing = pack(documents([[2, 4]]), 6, torch.float64)
-    function = dispatch.paths("attention")[path].function
-    # torch's CPU backward keeps its log-sum-exp in fp32 for fp64 input: gradients to 1e-5.
-    assert torch.autograd.gradcheck(lambda *ts: function(*ts, packing), leaves, atol=1e-4)
+@pytest.mark.parametrize("path", [path for path in PATHS if path == "triton"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize(
+    ("lengths", "options"),
+    [
+        ([[1]], {"heads": 1, "kv_heads": 1}),
+        ([[31]], {"heads": 2, "kv_heads": 1, "size": 16}),
+        ([[33]], {"heads": 3, "kv_heads": 1, "window": 1}),
+        ([[17, 1, 47]], {"heads": 2, "kv_heads": 2, "size": 13}),
+        ([[20], [13, 7]], {"heads": 2, "kv_heads": 1, "window": 6}),
+        ([[32, 8]], {"heads": 1, "kv_heads": 1, "softcap": 2.0}),
+    ],
+)
+def test_kernels_stay_within_the_error_budget_at_the_edges_of_blocks(path, dtype, lengths, options):
+    """Blocks are of 32 queries and 16 keys in the interpreter."""
+    check(path, inputs(lengths, **options), dtype)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [path for path in FAST if path != "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=25, deadline=None)
-@given(
-    rows=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=3),
-    group=st.integers(1, 3),
+@hypothesis.given(
+    rows=st.lists(st.lists(st.integers(1, 70), min_size=1, max_size=4), min_size=1, max_size=3),
+    group=st.integers(1, 8),
     kv_heads=st.integers(1, 2),
+    size=st.sampled_from([1, 8, 24, 32, 64]),
+    window=st.sampled_from([0, 0, 1, 16, 65]),
     seed=st.integers(0, 2**31),
 )
-def test_any_packing_gives_the_reference_and_leaves_its_inputs_alone(path, rows, group, kv_heads, seed):
+def test_any_packing_stays_within_the_error_budget(path, dtype, rows, group, kv_heads, size, window, seed):
     longest = max(sum(row) for row in rows)
     rows = [[*row, longest - sum(row)] if sum(row) < longest else row for row in rows]
-    tensors = [t.float() for t in qkv(longest * len(rows), group * kv_heads, kv_heads, 4, seed)]
-    before = [t.clone() for t in tensors]
-    packing = pack(documents(rows), longest)
-    result = dispatch.paths("attention")[path].function(*tensors, packing)
-    # fp32 softmax over at most 36 keys, summed in another order.
-    torch.testing.assert_close(result, attention_reference(*tensors, packing), rtol=1e-5, atol=1e-5)
-    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+    given = inputs(rows, heads=group * kv_heads, kv_heads=kv_heads, size=size, window=window, seed=seed)
+    check(path, given, dtype)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -111,34 +136,154 @@ def test_no_token_sees_another_document_or_the_future(path):
     """Change one token's key and value: only later tokens of its own document may move, bit for bit."""
     lengths = [[5, 7], [4, 8]]
     document = documents(lengths)
-    q, k, v = (t.float() for t in qkv(24))
-    packing = pack(document, 12)
-    function = dispatch.paths("attention")[path].function
-    before = function(q, k, v, packing)
-    for at in range(24):
+    q, k, v, *rest = (x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs(lengths))
+    before = OPERATOR.run(path, q, k, v, *rest)
+    for at in (0, 4, 5, 11, 12, 17, 23):
         k2, v2 = k.clone(), v.clone()
         k2[at], v2[at] = 50.0, -50.0
-        moved = (function(q, k2, v2, packing) != before).flatten(1).any(1)
+        moved = (OPERATOR.run(path, q, k2, v2, *rest) != before).flatten(1).any(1)
         may = (document == document[at]) & (torch.arange(24) >= at)
-        assert torch.equal(moved, may)
+        assert torch.equal(moved, may), at
 
 
-def test_a_batch_of_whole_rows_needs_no_mask():
-    assert pack(documents([[12], [12]]), 12).mask_B1TS is None
-    assert pack(documents([[12], [11, 1]]), 12).mask_B1TS is not None
+@pytest.mark.parametrize("path", PATHS)
+def test_scores_that_would_overflow_do_not(path):
+    """The softmax is shifted by the largest score: exp of 1000 is not computed."""
+    q, k, v, *rest = inputs([[9]], heads=1, kv_heads=1)
+    result, *grads = run(OPERATOR, path, (q * 64, k * 64, v, *rest), torch.float32)
+    assert result.isfinite().all()
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "torch"])  # which adds a mask: NaN - inf is NaN
+def test_what_is_not_finite_stays_in_its_document(path):
+    q, k, v, *rest = inputs([[64, 64], [64, 64]], heads=1, kv_heads=1)
+    q[70], k[3, 0, 0] = float("nan"), float("nan")
+    result = run(OPERATOR, path, (q, k, v, *rest), torch.float32)[0]
+    assert result[70].isnan().all()
+    assert result[3:64].isnan().all()
+    rest_of_them = torch.ones(256, dtype=torch.bool)
+    rest_of_them[:64] = False
+    rest_of_them[70] = False
+    assert result[rest_of_them].isfinite().all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_views_and_empty_inputs_work(path):
+    q, k, v, *rest = (x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs([[12]]))
+    expected = OPERATOR.run(path, q, k, v, *rest)
+    fused = torch.cat([q, k, v], 1)  # as a fused projection gives them
+    views = fused[:, :4], fused[:, 4:6], fused[:, 6:]
+    torch.testing.assert_close(OPERATOR.run(path, *views, *rest), expected, rtol=0, atol=0)
+    none = torch.zeros(0, dtype=torch.int32)
+    assert OPERATOR.run(path, q[:0], k[:0], v[:0], none, none, 12, True, 0, 0.0).shape == (0, 4, 8)
+
+
+def test_a_gradient_is_that_of_finite_differences():
+    for window, softcap in ((0, 0.0), (2, 0.0), (0, 1.5)):
+        q, k, v, *rest = inputs([[2, 4]], heads=2, kv_heads=1, size=2, window=window, softcap=softcap)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        assert torch.autograd.gradcheck(lambda *ts, rest=rest: OPERATOR.run("reference", *ts, *rest), leaves)
+
+
+@pytest.mark.parametrize("one", PATHS[1:])
+@pytest.mark.parametrize("other", PATHS[1:])
+def test_any_backward_may_follow_any_forward(one, other):
+    given = [x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs([[5, 7]])]
+    o, lse = OPERATOR.paths[one].forward(*given)
+    assert lse.is_contiguous() and lse.shape == (4, 12)
+    grad = rounded(*o.shape, seed=7).float()
+    found = OPERATOR.paths[other].backward(grad, *given[:3], o, lse, *given[3:])
+    leaves = [x.requires_grad_() for x in given[:3]]
+    expected = torch.autograd.grad(OPERATOR.reference(*given), leaves, grad)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # fp32, sums of 12 in another order
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_nothing(dtype):
+    if "cpu" not in PATHS:
+        pytest.skip("there is no C path")
+    given = inputs([[70, 30], [100]], heads=4, kv_heads=2, size=32)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run(OPERATOR, "cpu", given, dtype)
+        torch.set_num_threads(2)
+        assert all(torch.equal(a, b) for a, b in zip(run(OPERATOR, "cpu", given, dtype), one, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_batch_of_whole_rows_is_known():
+    assert pack(documents([[12], [12]]), 12).is_whole
+    assert not pack(documents([[12], [11, 1]]), 12).is_whole
+    packing = pack(documents([[5, 7], [12]]), 12)
+    assert packing.first_N.tolist() == [0] * 5 + [5] * 7 + [12] * 12
+    assert packing.last_N.tolist() == [4] * 5 + [11] * 7 + [23] * 12
 
 
 def test_equal_numbers_in_different_rows_are_different_documents():
-    q, k, v = (t.float() for t in qkv(24))
+    q, k, v = (x.float() for x in inputs([[12], [12]])[:3])
     one = attention(q, k, v, pack(torch.zeros(24, dtype=torch.int32), 12))
     two = attention(q, k, v, pack(documents([[12], [12]]), 12))
     assert torch.equal(one, two)
 
 
+def test_it_is_torch_s_own():
+    q, k, v = (x.float() for x in inputs([[12], [12]])[:3])
+    rows = [x.view(2, 12, -1, 8).transpose(1, 2) for x in (q, k, v)]
+    theirs = F.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(attention(q, k, v, pack(torch.zeros(24), 12)), theirs)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("masked", [False, True])
-def test_it_compiles_into_one_graph(masked):
-    tensors = [t.float().requires_grad_() for t in qkv(24)]
-    packing = pack(documents(LAYOUTS["several" if masked else "one document a row"]), 12)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # its plain form is the oracle
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (5, 0.0), (0, 2.0)])
+def test_it_is_what_transformers_and_flex_attention_compute(window, softcap):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+    q, k, v = (x.float() for x in inputs([[20, 12]], size=16)[:3])
+    document = documents([[20, 12]])
+    ours = attention(q, k, v, pack(document, 32), window=window, softcap=softcap)
+
+    def seen(b, h, i, j):
+        return (document[i] == document[j]) & (j <= i) & ((i - j < window) if window else (i >= j))
+
+    rows = [x[None].transpose(1, 2) for x in (q, k, v)]
+    flex = flex_attention(
+        *rows,
+        score_mod=(lambda s, b, h, i, j: softcap * torch.tanh(s / softcap)) if softcap else None,
+        block_mask=create_block_mask(seen, None, None, 32, 32, device="cpu"),
+        enable_gqa=True,
+    )
+    torch.testing.assert_close(ours, flex[0].transpose(0, 1), rtol=1e-5, atol=1e-5)  # fp32, another order
+    at = torch.arange(32)
+    mask = torch.where(seen(0, 0, at[:, None], at[None]), 0.0, float("-inf"))[None, None]
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    module.config = type("Config", (), {"attn_logit_softcapping": softcap or None})()
+    eager, _ = eager_attention_forward(module, *rows, mask, scaling=16**-0.5, softcap=softcap or None)
+    torch.testing.assert_close(ours, eager[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_reference_keeps_its_public_form():
+    q, k, v, *rest = inputs([[5, 7]])
+    packing = pack(documents([[5, 7]]), 12)
+    assert torch.equal(attention_reference(q, k, v, packing), OPERATOR.reference(q, k, v, *rest))
+
+
+@pytest.mark.slow
+def test_it_is_one_node_of_a_graph():
+    q, k, v, *rest = inputs([[5, 7]])
+    check_node(OPERATOR, (*(x.float().requires_grad_() for x in (q, k, v)), *rest))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["several", "one document a row"])
+def test_the_public_function_compiles_into_one_graph(layout):
+    q, k, v = (x.float().requires_grad_() for x in inputs(LAYOUTS[layout])[:3])
+    packing = pack(documents(LAYOUTS[layout]), 12)
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*tensors, packing), attention(*tensors, packing))
+    torch.testing.assert_close(compiled(q, k, v, packing), attention(q, k, v, packing))

@@ -79,11 +79,8 @@ def test_a_block_that_is_not_finite_spoils_no_other(path, form):
     q, steps, zeros = OPERATOR.run(path, x, form, 1, 32)
     assert steps.isnan().tolist() == [[False, False], [True, False], [False, True], [False, False]]
     assert_same((q, steps, zeros), quantise_reference(x, form, 1, 32))
-    assert (
-        dequantise(q, steps, zeros, torch.float32, 1, 32)[steps.isfinite().repeat_interleave(32, 1)]
-        .eq(1)
-        .all()
-    )
+    back = dequantise(q, steps, zeros, torch.float32, 1, 32)[steps.isfinite().repeat_interleave(32, 1)]
+    torch.testing.assert_close(back, torch.ones_like(back), rtol=2.0**-11, atol=0.0)  # steps of fp16
 
 
 def test_fp8_rounds_as_torch_does():

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from operator_checks import check_budget, check_near, check_node, rounded, run, usable
 from thread_counts import one_and_two
 
-from marrow.kernels.norms.add_rms_norm import OPERATOR, add_rms_norm
+from marrow.kernels.memory import meta, phantom
+from marrow.kernels.norms.add_rms_norm import OPERATOR, add_rms_norm, backward_triton, forward_triton
 
 PATHS = usable(OPERATOR)
 OURS = [path for path in PATHS if path != "reference"]
@@ -115,6 +116,23 @@ def test_threads_change_nothing():
     given = inputs(200, 300)
     one, two = one_and_two(lambda: run(OPERATOR, "cpu", given, torch.float32))
     assert all(map(torch.equal, one, two))
+
+
+def test_what_does_not_fit_is_refused():
+    x, weight = torch.randn(2, 8), torch.randn(8)
+    for residual in (torch.randn(1, 8), x.bfloat16()):
+        with pytest.raises(ValueError, match="equal"):
+            add_rms_norm(residual, x, weight, 1e-5)
+    with pytest.raises(ValueError, match="weight"):
+        add_rms_norm(x, x, weight[:7], 1e-5)
+
+
+def test_offsets_beyond_two_billion_elements_hit_their_tensors():
+    x, weight = meta(3 * 2**18, 8192, dtype=torch.bfloat16), meta(8192, dtype=torch.bfloat16)
+    with phantom() as watch:
+        y, total, scale = forward_triton(x, x, weight, 1e-5)
+        backward_triton(y, total, total, weight, scale)
+    assert watch.launches == 2
 
 
 @pytest.mark.slow

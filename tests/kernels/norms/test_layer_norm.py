@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from operator_checks import check_budget, check_node, rounded, run, usable
 from thread_counts import one_and_two
 
-from marrow.kernels.norms.layer_norm import OPERATOR, layer_norm
+from marrow.kernels.memory import meta, phantom
+from marrow.kernels.norms.layer_norm import OPERATOR, backward_triton, forward_triton, layer_norm
 
 PATHS = usable(OPERATOR)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -95,6 +96,20 @@ def test_threads_change_nothing():
     given = inputs(200, 300)
     one, two = one_and_two(lambda: run(OPERATOR, "cpu", given, torch.float32))
     assert all(map(torch.equal, one, two))
+
+
+def test_a_weight_or_bias_that_does_not_fit_is_refused():
+    for weight, bias in ((7, None), (8, 7)):
+        with pytest.raises(ValueError, match="weight"):
+            layer_norm(torch.randn(2, 8), torch.randn(weight), torch.randn(bias) if bias else None, 1e-5)
+
+
+def test_offsets_beyond_two_billion_elements_hit_their_tensors():
+    x, weight = meta(3 * 2**18, 8192, dtype=torch.bfloat16), meta(8192, dtype=torch.bfloat16)
+    with phantom() as watch:
+        y, mean, scale = forward_triton(x, weight, weight, 1e-5)
+        backward_triton(y, x, weight, weight, mean, scale)
+    assert watch.launches == 2
 
 
 @pytest.mark.slow

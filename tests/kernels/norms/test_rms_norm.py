@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from operator_checks import check_budget, check_node, rounded, run, usable
 from thread_counts import one_and_two
 
-from marrow.kernels.norms.rms_norm import OPERATOR, rms_norm
+from marrow.kernels.memory import meta, phantom
+from marrow.kernels.norms.rms_norm import OPERATOR, backward_triton, forward_triton, rms_norm
 
 PATHS = usable(OPERATOR)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -99,6 +100,19 @@ def test_statistics_do_not_overflow_half_precision():
 def test_it_is_torch_s_own():
     x, weight = torch.randn(5, 64), torch.randn(64)
     torch.testing.assert_close(rms_norm(x, weight, 1e-6), F.rms_norm(x, (64,), weight, 1e-6))
+
+
+def test_a_weight_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="weight"):
+        rms_norm(torch.randn(2, 8), torch.randn(7), 1e-5)
+
+
+def test_offsets_beyond_two_billion_elements_hit_their_tensors():
+    x, weight = meta(3 * 2**18, 8192, dtype=torch.bfloat16), meta(8192, dtype=torch.bfloat16)
+    with phantom() as watch:
+        y, scale = forward_triton(x, weight, 1e-5)
+        backward_triton(y, x, weight, scale)
+    assert watch.launches == 2
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def forward_triton(gate_up_NG: Tensor, is_tanh: bool) -> Tensor:
     """Give each program a piece of a row, or several short rows."""
     gate_up_NG, y_NF = gate_up_NG.contiguous(), _empty(gate_up_NG, is_tanh)
     rows, size = gated_shape(gate_up_NG)
-    grid, options = gated_tiles(rows, size)
+    grid, options = gated_tiles("geglu", rows, size, gate_up_NG.dtype)
     tile.launch(_forward, grid, gate_up_NG, y_NF, rows, size, IS_TANH=is_tanh, **options)
     return y_NF
 
@@ -104,7 +104,7 @@ def backward_triton(dy_NF: Tensor, gate_up_NG: Tensor, is_tanh: bool) -> Tensor:
     """As forward."""
     gate_up_NG, result_NG = gate_up_NG.contiguous(), _empty_gradient(dy_NF, gate_up_NG, is_tanh)
     rows, size = gated_shape(gate_up_NG)
-    grid, options = gated_tiles(rows, size)
+    grid, options = gated_tiles("geglu_backward", rows, size, gate_up_NG.dtype)
     arguments = (dy_NF.contiguous(), gate_up_NG, result_NG, rows, size)
     tile.launch(_backward, grid, *arguments, IS_TANH=is_tanh, **options)
     return result_NG

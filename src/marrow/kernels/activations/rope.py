@@ -44,8 +44,12 @@ def rope(x_NHD: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
 
     Args: x_NHD: [N, H, D], D even. cos_NE, sin_NE: [N, D/2], from `rope_angles`; no gradient.
     Returns: [N, H, D] of x's dtype.
+    Raises: ValueError if the angles do not fit the heads.
     Cost: reads and writes N H D elements; 3 N H D FLOPs; bound by memory.
     """
+    tokens, _, channels = x_NHD.shape
+    if cos_NE.shape != (tokens, channels // 2) or sin_NE.shape != cos_NE.shape or channels % 2:
+        raise ValueError(f"angles of shape {list(cos_NE.shape)} for heads of shape {list(x_NHD.shape)}")
     result: Tensor = OPERATOR(x_NHD, cos_NE, sin_NE)
     return result
 
@@ -97,12 +101,15 @@ def _rotate_triton(x_NHD: Tensor, cos_NE: Tensor, sin_NE: Tensor, sign: float) -
     x_NHD, y_NHD = _rows(x_NHD), _empty(x_NHD, cos_NE, sin_NE)
     rows, heads, size = x_NHD.shape[0] * x_NHD.shape[1], x_NHD.shape[1], x_NHD.shape[2] // 2
     block = max(16, 1 << (size - 1).bit_length())
-    options = {"SIZE": size, "ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": 4}
+    default = {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": 4}
+    candidates = [{"num_warps": 8}, {"ROWS": max(1, 1024 // block)}, {"ROWS": 4096 // block, "num_warps": 8}]
+    options = tile.config("rope", (block, str(x_NHD.dtype)), default, candidates)
     tile.launch(
         _rotate,
         (-(-rows // options["ROWS"]),),
         *(x_NHD, cos_NE.contiguous(), sin_NE.contiguous(), y_NHD),
         *(rows, heads, x_NHD.stride(0), x_NHD.stride(1), sign),
+        SIZE=size,
         **options,
     )
     return y_NHD

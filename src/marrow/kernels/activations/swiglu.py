@@ -72,7 +72,7 @@ def forward_triton(gate_up_NG: Tensor) -> Tensor:
     """Give each program a piece of a row, or several short rows."""
     gate_up_NG, y_NF = gate_up_NG.contiguous(), _empty(gate_up_NG)
     rows, size = gated_shape(gate_up_NG)
-    grid, options = gated_tiles(rows, size)
+    grid, options = gated_tiles("swiglu", rows, size, gate_up_NG.dtype)
     tile.launch(_forward, grid, gate_up_NG, y_NF, rows, size, **options)
     return y_NF
 
@@ -81,7 +81,7 @@ def backward_triton(dy_NF: Tensor, gate_up_NG: Tensor) -> Tensor:
     """As forward."""
     gate_up_NG, result_NG = gate_up_NG.contiguous(), _empty_gradient(dy_NF, gate_up_NG)
     rows, size = gated_shape(gate_up_NG)
-    grid, options = gated_tiles(rows, size)
+    grid, options = gated_tiles("swiglu_backward", rows, size, gate_up_NG.dtype)
     tile.launch(_backward, grid, dy_NF.contiguous(), gate_up_NG, result_NG, rows, size, **options)
     return result_NG
 

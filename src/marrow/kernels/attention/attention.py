@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from marrow.kernels import tile
+from marrow.kernels.attention.flash import backward_triton, forward_triton
 from marrow.kernels.dispatch import Example, Gradient, Operator
 
 LONGEST_PRODUCTS = 1024  # tokens of a row; T T scores a head at once, 2 MiB in bf16 at this length
@@ -388,3 +390,4 @@ OPERATOR = Operator(
     shape_class=_shape_class,
 )
 OPERATOR.add("torch", forward_torch, backward_torch, dtypes=(torch.float32, torch.bfloat16, torch.float16))
+OPERATOR.add("triton", forward_triton, backward_triton, **tile.path())

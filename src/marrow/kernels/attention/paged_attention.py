@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from marrow.kernels import native
+from marrow.kernels import native, tile
+from marrow.kernels.attention.paged_flash import forward_triton
 from marrow.kernels.dispatch import Example, Operator
 
 QUANTISED = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # and the largest code
@@ -300,21 +301,37 @@ def cost(lengths: list[int], heads: int, kv_heads: int, head_size: int, dtype_by
 
 
 def _examples(dtype: torch.dtype, device: str) -> list[Example]:
-    """Decoding: 8 sequences of 32k keys, 64 of 4k, 256 of 1k; 32 heads of 128 over 8, blocks of 16."""
+    """Decoding: 64 sequences of 4k keys, 8 of 32k, 256 of 1k, quantised ones, and chunks of prompts.
+
+    32 heads of 128 over 8, blocks of 16.
+    """
     examples = []
-    for sequences, length in ((64, 4096), (8, 32768), (256, 1024)):
+    for sequences, length, queries, codes in (
+        (64, 4096, 1, None),
+        (8, 32768, 1, None),
+        (256, 1024, 1, None),
+        (64, 4096, 1, torch.int8),
+        (64, 4096, 1, torch.float8_e4m3fn),
+        (4, 4096, 512, None),
+    ):
         blocks = sequences * length // 16
-        q_BHD = torch.randn(sequences, 32, 128, device=device, dtype=dtype)
+        q_NHD = torch.randn(sequences * queries, 32, 128, device=device, dtype=dtype)
         cache = [torch.randn(blocks, 16, 8, 128, device=device, dtype=dtype) for _ in range(2)]
+        scales: tuple[Tensor | None, ...] = (None, None)
+        if codes is not None:
+            cache, scales = zip(*(quantise_kv(x, codes) for x in cache), strict=True)  # type: ignore[assignment]
         blocks_BM = torch.randperm(blocks, device=device, dtype=torch.int32).view(sequences, -1)
-        starts_B = torch.arange(sequences + 1, device=device, dtype=torch.int32)
+        starts_B = torch.arange(sequences + 1, device=device, dtype=torch.int32) * queries
         ends_B = torch.full((sequences,), length, device=device, dtype=torch.int32)
-        inputs = (q_BHD, *cache, None, None, blocks_BM, starts_B, ends_B, 1, length, 0, 0.0)
-        price = cost([length] * sequences, 32, 8, 128, dtype.itemsize)
-        examples.append(Example(f"decode {sequences}x{length}", inputs, price["bytes"], price["flops"]))
+        inputs = (q_NHD, *cache, *scales, blocks_BM, starts_B, ends_B, queries, length, 0, 0.0)
+        label = f"{'decode' if queries == 1 else f'{queries} queries'} {sequences}x{length}"
+        kind = "" if codes is None else f" {str(codes).removeprefix('torch.')}"
+        price = cost([length] * sequences, 32, 8, 128, cache[0].element_size())
+        examples.append(Example(label + kind, inputs, price["bytes"], price["flops"] * queries))
     return examples
 
 
 OPERATOR = Operator("paged_attention", paged_attention_reference, fake=_empty, examples=_examples)
 OPERATOR.add("torch", forward_torch, dtypes=(torch.float32, torch.bfloat16, torch.float16))
 OPERATOR.add("cpu", forward_cpu, **native.path("paged_attention"))
+OPERATOR.add("triton", forward_triton, **tile.path())

@@ -1,10 +1,10 @@
 """Tile configurations that were measured: one JSON file a device, `configs/DEVICE.json`.
 
-    {"device": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0", "date": "2026-01-31",
+    {"device": "NVIDIA H200", "capability": "90", "torch": "2.11.0", "triton": "3.6.0", "date": "2026-01-31",
      "configs": {"swiglu": {"(4096, 11008)": {"BLOCK": 1024, "num_warps": 4}}}}
 
-`marrow bench kernels --tune` writes them; an operator, shape class or device without an entry uses the
-operator's own default.
+`marrow bench kernels --tune` writes them, and `compiled.py` compiles them ahead of time. An operator, shape
+class or device without an entry uses the operator's own default.
 """
 
 import json
@@ -31,6 +31,12 @@ def load(device: str, folder: Path = FOLDER) -> Table:
         return {}
     table: Table = json.loads(path.read_text())["configs"]
     return table
+
+
+def of_capability(capability: int, folder: Path = FOLDER) -> list[Table]:
+    """Return the tables of all devices of a compute capability, such as 90."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [table["configs"] for table in found if table["capability"] == str(capability)]
 
 
 def write(device: str, table: Table, facts: dict[str, str], folder: Path = FOLDER) -> Path:

@@ -185,7 +185,7 @@ INLINE void compute(const call *c, const task *t, room *r, long padded, int type
     layout l = layout_of(t);
     int is_copied = kv != SAME || c->block % LANES != 0;
     /* Rows at a power of two fall on few places of the nearest cache: not to be read over and over. */
-    int are_keys_copied = is_copied || (type == BF16 && c->size != padded) || l.tiles * l.heads > 2 * t->heads;
+    int are_keys_copied = is_copied || (type == BF16 && c->size != padded) || (l.heads == 1 && l.tiles > 2);
     float scale = c->softcap != 0 ? c->scale / c->softcap : c->scale * LOG2E;
     int32_t places[LANES];
     /* Rows of p, 16 for each head of a tile and 12 of zeros before: a head's left factor is a window of 16 rows that
@@ -218,7 +218,7 @@ INLINE void compute(const call *c, const task *t, room *r, long padded, int type
                 product_keys(r->scores, keys, key_stride, r->panels + head * LANES * padded * bytes_of(type),
                              type == BF16 ? padded : c->size, i > 0, c->tiles, next, type);
             }
-            if (kv != SAME) spread_scales(c, t, &l, r, blocks, tile, first, count);
+            if (kv != SAME && (!has_panel || l.heads > 1)) spread_scales(c, t, &l, r, blocks, tile, first, count);
             sight seen = sight_of(low, high, first, count);
             softmax_step(r->scores, o, r->most + tile * LANES, r->sum + tile * LANES, padded, LANES, scale,
                          c->softcap * LOG2E, &seen, kv == SAME ? 0 : r->key_scales, kv == SAME ? 0 : r->value_scales, next);

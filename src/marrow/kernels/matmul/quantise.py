@@ -64,7 +64,7 @@ def quantise_reference(
     x_NK: Tensor, form: str, block_rows: int = 1, block_columns: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `quantise` in plain torch."""
-    (rows, columns), (high, wide) = x_NK.shape, _block(x_NK, block_rows, block_columns)
+    (rows, columns), (high, wide) = x_NK.shape, block_size(x_NK, block_rows, block_columns)
     down, along = -(-rows // high), -(-columns // wide)
     padded = torch.nn.functional.pad(x_NK.float(), (0, along * wide - columns, 0, down * high - rows))
     x_PGb = padded.view(down, high, along, wide).permute(0, 2, 1, 3).flatten(2)
@@ -82,10 +82,8 @@ def quantise_reference(
         span = torch.full_like(amax, 7.0 if form == "int4" else 15.0)
         steps = ((amax if form == "int4" else top - low) / span).half().float()
         whole = steps > 0
-        if form == "int4":
-            zeros = zeros + 8
-        else:
-            zeros = torch.where(whole, (-low / steps).round().clamp(max=15), 0.0)
+        own = torch.where(whole, (-low / steps).round().clamp(max=15), 0.0)
+        zeros = zeros + 8 if form == "int4" else own
         ratio = torch.where(whole[..., None], (x_PGb / steps[..., None]).clamp(-32, 32), 0.0)
         q_PGb = (ratio.round() + zeros[..., None]).clamp(0, 15)
     zeros = torch.where(bad.isnan(), 0.0, zeros)
@@ -104,7 +102,7 @@ def dequantise_reference(
     block_columns: int = 0,
 ) -> Tensor:
     """Compute `dequantise` in plain torch."""
-    (rows, columns), (high, wide) = q_NK.shape, _block(q_NK, block_rows, block_columns)
+    (rows, columns), (high, wide) = q_NK.shape, block_size(q_NK, block_rows, block_columns)
 
     def spread(blocks_PG: Tensor) -> Tensor:
         return blocks_PG.float().repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
@@ -168,7 +166,7 @@ def _quantise(  # type: ignore[no-untyped-def]
         zero = 8.0
     else:
         step = tl.div_rn(most - least, 15.0).to(tl.float16).to(tl.float32)
-        zero = tl.minimum(_round(tl.div_rn(-least, tl.where(step > 0, step, 1.0))), 15.0)
+        zero = tl.minimum(_round(tl.div_rn(-least, tl.where(step > 0, step, 1.0))), 15.0)  # type: ignore[no-untyped-call]
         zero = tl.where(step > 0, zero, 0.0)
     is_good = bad == bad
     zero = tl.where(is_good, zero, 0.0)
@@ -183,17 +181,17 @@ def _quantise(  # type: ignore[no-untyped-def]
         some = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
         some = tl.where(is_good, some, 0.0)
         if FORM == 0:
-            number = _round(some * inverse)
+            number = _round(some * inverse)  # type: ignore[no-untyped-call]
             stored = number.to(tl.int32)
         elif FORM == 1:
-            bits = to_fp8(tl.minimum(tl.maximum(some * inverse, -448.0), 448.0))
+            bits = to_fp8(tl.minimum(tl.maximum(some * inverse, -448.0), 448.0))  # type: ignore[no-untyped-call]
             stored = bits.to(tl.int32)
             size = ((bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
             number = tl.where((bits & 0x80) != 0, -size, size)
         else:
             ratio = tl.div_rn(some, tl.where(step > 0, step, 1.0) + tl.zeros([BLOCK_R, BLOCK_C], tl.float32))
             ratio = tl.where(step > 0, tl.minimum(tl.maximum(ratio, -32.0), 32.0), 0.0)
-            number = tl.minimum(tl.maximum(_round(ratio), -zero), 15.0 - zero)
+            number = tl.minimum(tl.maximum(_round(ratio), -zero), 15.0 - zero)  # type: ignore[no-untyped-call]
             number = tl.where(is_good, number, 0.0)
             stored = (number + zero).to(tl.int32)
         if IS_FAKE:
@@ -243,7 +241,10 @@ def launch_quantise(
         grid,
         *(x_NK, out_NK if is_fake else out_NK.view(torch.int8), steps_PG, zeros_PG),
         *(rows, columns, high, wide, grid[1]),
-        **{"FORM": FORMATS.index(form), "IS_FAKE": is_fake, "BLOCK_R": tall, "BLOCK_C": broad},
+        FORM=FORMATS.index(form),
+        IS_FAKE=is_fake,
+        BLOCK_R=tall,
+        BLOCK_C=broad,
         num_warps=warps,
     )
 
@@ -254,7 +255,7 @@ def forward_triton(
     """One program a block."""
     q_NK, steps_PG, zeros_PG = _empty(x_NK, form, block_rows, block_columns)
     launch_quantise(
-        x_NK.contiguous(), q_NK, steps_PG, zeros_PG, form, _block(x_NK, block_rows, block_columns)
+        x_NK.contiguous(), q_NK, steps_PG, zeros_PG, form, block_size(x_NK, block_rows, block_columns)
     )
     return q_NK, steps_PG, zeros_PG
 
@@ -267,9 +268,9 @@ def dequantise_triton(
     block_rows: int = 1,
     block_columns: int = 0,
 ) -> Tensor:
-    """Some thousand numbers of a row a program."""
+    """Take some thousand numbers of a row a program."""
     y_NK = _empty_numbers(q_NK, steps_PG, zeros_PG, dtype, block_rows, block_columns)
-    (rows, columns), block = q_NK.shape, _block(q_NK, block_rows, block_columns)
+    (rows, columns), block = q_NK.shape, block_size(q_NK, block_rows, block_columns)
     size = min(4096, max(16, 1 << (columns - 1).bit_length())) if columns else 16
     form = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.uint8: 2}[q_NK.dtype]
     bits = q_NK.contiguous().view(torch.uint8) if form else q_NK.contiguous()
@@ -292,7 +293,7 @@ def forward_cpu(
     q_NK, steps_PG, zeros_PG = _empty(x_NK, form, block_rows, block_columns)
     native.function("quantise", "quantise", "ppppplllliii")(
         *native.pointers(x_NK, q_NK, steps_PG, zeros_PG),
-        *(None, *x_NK.shape, *_block(x_NK, block_rows, block_columns)),
+        *(None, *x_NK.shape, *block_size(x_NK, block_rows, block_columns)),
         *(FORMATS.index(form), torch.get_num_threads(), native.type_of(x_NK)),
     )
     return q_NK, steps_PG, zeros_PG
@@ -314,7 +315,7 @@ def dequantise_cpu(
     form = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.uint8: 2}[q_NK.dtype]
     native.function("quantise", "dequantise", "pppplllliii")(
         *native.pointers(q_NK, steps_PG, zeros_PG, y_NK),
-        *(*q_NK.shape, *_block(q_NK, block_rows, block_columns)),
+        *(*q_NK.shape, *block_size(q_NK, block_rows, block_columns)),
         *(form, torch.get_num_threads(), native.type_of(y_NK)),
     )
     return y_NK
@@ -323,7 +324,7 @@ def dequantise_cpu(
 # What all paths share
 
 
-def _block(x_NK: Tensor, block_rows: int, block_columns: int) -> tuple[int, int]:
+def block_size(x_NK: Tensor, block_rows: int, block_columns: int) -> tuple[int, int]:
     """Return the size of a block; at least 1 x 1."""
     return max(1, block_rows or x_NK.shape[0]), max(1, block_columns or x_NK.shape[1])
 
@@ -331,7 +332,7 @@ def _block(x_NK: Tensor, block_rows: int, block_columns: int) -> tuple[int, int]
 def _empty(
     x_NK: Tensor, form: str, block_rows: int = 1, block_columns: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    high, wide = _block(x_NK, block_rows, block_columns)
+    high, wide = block_size(x_NK, block_rows, block_columns)
     blocks = (-(-x_NK.shape[0] // high), -(-x_NK.shape[1] // wide))
     q_NK = x_NK.new_empty(x_NK.shape, dtype=_STORED[form])
     return q_NK, x_NK.new_empty(blocks, dtype=torch.float32), x_NK.new_empty(blocks, dtype=torch.uint8)

@@ -14,7 +14,15 @@ from torch import Tensor
 from marrow.kernels import native, tile
 from marrow.kernels.dispatch import Example, Gradient, Operator
 from marrow.kernels.norms.rms_norm import rms_norm_reference
-from marrow.kernels.norms.rows import PART, in_dtype_of, backward_tiles, count_rows, parts, row_tiles
+from marrow.kernels.norms.rows import (
+    PART,
+    backward_tiles,
+    check_weight,
+    count_rows,
+    in_dtype_of,
+    parts,
+    row_tiles,
+)
 from marrow.kernels.tile import tl
 
 
@@ -23,8 +31,13 @@ def add_rms_norm(residual_NC: Tensor, x_NC: Tensor, weight_C: Tensor, eps: float
 
     Args: residual_NC, x_NC: [..., C], of one dtype. weight_C: [C]. eps: > 0, added to the mean square.
     Returns: the normed sum, and the sum: the new residual stream. Both [..., C] of x's dtype.
+    Raises: ValueError if shapes or dtypes do not fit.
     Cost: reads and writes 2 N C elements each; 5 N C FLOPs; bound by memory.
     """
+    if residual_NC.shape != x_NC.shape or residual_NC.dtype != x_NC.dtype:
+        found = f"{list(residual_NC.shape)} {residual_NC.dtype} and {list(x_NC.shape)} {x_NC.dtype}"
+        raise ValueError(f"residual and x are {found}: must be equal")
+    check_weight(weight_C, x_NC)
     y_NC, total_NC = OPERATOR(residual_NC, x_NC, weight_C, eps)
     return y_NC, total_NC
 
@@ -89,7 +102,7 @@ def forward_triton(
     """Give each program one row, or several short ones."""
     y_NC, total_NC, scale_N = _empty(residual_NC, x_NC, weight_C, eps)
     rows, columns = scale_N.numel(), x_NC.shape[-1]
-    tiles, options = row_tiles(rows, columns, x_NC.dtype)
+    tiles, options = row_tiles("add_rms_norm", rows, columns, x_NC.dtype)
     tile.launch(
         _forward,
         (tiles,),
@@ -105,7 +118,7 @@ def backward_triton(
 ) -> tuple[Tensor, Tensor]:
     """Start a few programs a multiprocessor, each over many rows; torch adds their sums."""
     rows, columns = scale_N.numel(), total_NC.shape[-1]
-    programs, options = backward_tiles(total_NC, rows, columns)
+    programs, options = backward_tiles("add_rms_norm", total_NC, rows, columns)
     dx_NC, partial_PC = torch.empty_like(total_NC), scale_N.new_empty(programs, columns)
     tile.launch(
         _backward,

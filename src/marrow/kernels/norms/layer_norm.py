@@ -12,7 +12,15 @@ from torch import Tensor
 
 from marrow.kernels import native, tile
 from marrow.kernels.dispatch import Example, Gradient, Operator
-from marrow.kernels.norms.rows import PART, in_dtype_of, backward_tiles, count_rows, parts, row_tiles
+from marrow.kernels.norms.rows import (
+    PART,
+    backward_tiles,
+    check_weight,
+    count_rows,
+    in_dtype_of,
+    parts,
+    row_tiles,
+)
 from marrow.kernels.tile import tl
 
 
@@ -21,9 +29,15 @@ def layer_norm(x_NC: Tensor, weight_C: Tensor, bias_C: Tensor | None, eps: float
 
     Args: x_NC: [..., C], any float dtype. weight_C: [C]. bias_C: [C], or None for none. eps: > 0.
     Returns: [..., C] of x's dtype; statistics in fp32 (fp64 for fp64).
+    Raises: ValueError if weight or bias does not fit the rows.
     Cost: reads and writes N C elements; 8 N C FLOPs; bound by memory.
     """
-    result: Tensor = OPERATOR(x_NC, weight_C, weight_C.new_empty(0) if bias_C is None else bias_C, eps)
+    check_weight(weight_C, x_NC)
+    if bias_C is None:
+        bias_C = weight_C.new_empty(0)
+    else:
+        check_weight(bias_C, x_NC)
+    result: Tensor = OPERATOR(x_NC, weight_C, bias_C, eps)
     return result
 
 
@@ -105,7 +119,7 @@ def forward_triton(
     """Give each program one row, or several short ones."""
     x_NC, (y_NC, mean_N, scale_N) = x_NC.contiguous(), _empty(x_NC, weight_C, bias_C, eps)
     rows, columns = scale_N.numel(), x_NC.shape[-1]
-    tiles, options = row_tiles(rows, columns, x_NC.dtype)
+    tiles, options = row_tiles("layer_norm", rows, columns, x_NC.dtype)
     arguments = (x_NC, weight_C.contiguous(), bias_C.contiguous(), y_NC, mean_N, scale_N, rows, columns, eps)
     tile.launch(_forward, (tiles,), *arguments, HAS_BIAS=bias_C.numel() > 0, **options)
     return y_NC, mean_N, scale_N
@@ -116,7 +130,7 @@ def backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Start a few programs a multiprocessor, each over many rows; torch adds their sums."""
     dy_NC, x_NC, (rows, columns) = dy_NC.contiguous(), x_NC.contiguous(), (scale_N.numel(), x_NC.shape[-1])
-    programs, options = backward_tiles(x_NC, rows, columns)
+    programs, options = backward_tiles("layer_norm", x_NC, rows, columns)
     dx_NC, partial_P2C = torch.empty_like(x_NC), scale_N.new_empty(programs, 2, columns)
     arguments = (dy_NC, x_NC, weight_C.contiguous(), mean_N, scale_N, dx_NC, partial_P2C, rows, columns)
     tile.launch(_backward, (programs,), *arguments, **options)

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from marrow.kernels import native, tile
 from marrow.kernels.dispatch import Example, Gradient, Operator
-from marrow.kernels.norms.rows import PART, in_dtype_of, backward_tiles, count_rows, parts, row_tiles
+from marrow.kernels.norms.rows import (
+    PART,
+    backward_tiles,
+    check_weight,
+    count_rows,
+    in_dtype_of,
+    parts,
+    row_tiles,
+)
 from marrow.kernels.tile import tl
 
 
@@ -21,8 +29,10 @@ def rms_norm(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
 
     Args: x_NC: [..., C], any float dtype. weight_C: [C]. eps: > 0, added to the mean square.
     Returns: [..., C] of x's dtype; statistics in fp32 (fp64 for fp64).
+    Raises: ValueError if the weight does not fit the rows.
     Cost: reads and writes N C elements; 4 N C FLOPs; bound by memory.
     """
+    check_weight(weight_C, x_NC)
     result: Tensor = OPERATOR(x_NC, weight_C, eps)
     return result
 
@@ -79,7 +89,7 @@ def forward_triton(x_NC: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, 
     """Give each program one row, or several short ones."""
     x_NC, (y_NC, scale_N) = x_NC.contiguous(), _empty(x_NC, weight_C, eps)
     rows, columns = scale_N.numel(), x_NC.shape[-1]
-    tiles, options = row_tiles(rows, columns, x_NC.dtype)
+    tiles, options = row_tiles("rms_norm", rows, columns, x_NC.dtype)
     arguments = (x_NC, weight_C.contiguous(), y_NC, scale_N, rows, columns, eps)
     tile.launch(_forward, (tiles,), *arguments, **options)
     return y_NC, scale_N
@@ -88,7 +98,7 @@ def forward_triton(x_NC: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, 
 def backward_triton(dy_NC: Tensor, x_NC: Tensor, weight_C: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
     """Start a few programs a multiprocessor, each over many rows; torch adds their sums."""
     dy_NC, x_NC, (rows, columns) = dy_NC.contiguous(), x_NC.contiguous(), (scale_N.numel(), x_NC.shape[-1])
-    programs, options = backward_tiles(x_NC, rows, columns)
+    programs, options = backward_tiles("rms_norm", x_NC, rows, columns)
     dx_NC, partial_PC = torch.empty_like(x_NC), scale_N.new_empty(programs, columns)
     arguments = (dy_NC, x_NC, weight_C.contiguous(), scale_N, dx_NC, partial_PC, rows, columns)
     tile.launch(_backward, (programs,), *arguments, **options)

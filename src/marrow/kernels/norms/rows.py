@@ -10,7 +10,12 @@ from torch import Tensor
 from marrow.kernels import tile
 
 PART = 64  # rows of a part: its sum, in fp32, costs 3 % of the traffic of bf16 rows
-_ELEMENTS = 2048  # of a tile of short rows: 16 bytes a thread and load at 4 warps and above
+
+
+def check_weight(weight_C: Tensor, x_NC: Tensor) -> None:
+    """Refuse a weight that does not fit the rows: C would read behind its end."""
+    if weight_C.shape != x_NC.shape[-1:]:
+        raise ValueError(f"a weight of shape {list(weight_C.shape)} for rows of {x_NC.shape[-1]}")
 
 
 def count_rows(x_NC: Tensor) -> int:
@@ -29,21 +34,33 @@ def parts(scale_N: Tensor) -> int:
     return -(-scale_N.numel() // PART)
 
 
-def row_tiles(rows: int, columns: int, dtype: torch.dtype) -> tuple[int, dict[str, int]]:
-    """Return how many tiles a forward has, and its ROWS, BLOCK and num_warps."""
-    options = tile.row_options(columns, dtype)
-    # one row where only one fits, and no more than there are
-    height = min(max(1, _ELEMENTS // options["BLOCK"]), 1 << max(0, rows - 1).bit_length())
-    options["ROWS"] = height
-    options["num_warps"] = max(options["num_warps"], min(4, height * options["BLOCK"] // 256), 1)
-    return -(-rows // height), options
+def row_tiles(op: str, rows: int, columns: int, dtype: torch.dtype) -> tuple[int, dict[str, int]]:
+    """Return how many tiles the forward of `op` has, and its ROWS, BLOCK and num_warps."""
+    default = _tile(rows, columns, dtype, 2048)
+    warps = default["num_warps"]
+    candidates = [{"num_warps": other} for other in (warps // 2, warps * 2) if 1 <= other <= 32]
+    candidates += [{"ROWS": default["ROWS"] * 2}]
+    options = tile.config(op, (default["BLOCK"], str(dtype)), default, candidates)
+    return -(-rows // options["ROWS"]), options
 
 
-def backward_tiles(x_NC: Tensor, rows: int, columns: int) -> tuple[int, dict[str, int]]:
-    """Return how many programs a backward has, which share the tiles, and its options.
+def backward_tiles(op: str, x_NC: Tensor, rows: int, columns: int) -> tuple[int, dict[str, int]]:
+    """Return how many programs the backward of `op` has, which share the tiles, and its options.
 
     Few programs, as each writes a sum of the weight's gradient; enough to hide the latency of memory.
     """
-    tiles, options = row_tiles(rows, columns, x_NC.dtype)
-    programs = max(1, min(8, 32 // options["num_warps"])) * tile.multiprocessors(x_NC.device)
-    return min(tiles, programs), options
+    default = _tile(rows, columns, x_NC.dtype, 1024)  # half of forward's: twice as much is kept in registers
+    default["PROGRAMS"] = max(1, min(8, 32 // default["num_warps"]))  # a multiprocessor
+    candidates = [{"PROGRAMS": other} for other in (1, 2, 4, 8, 16) if other != default["PROGRAMS"]]
+    candidates += [{"ROWS": default["ROWS"] * 2}]
+    options = tile.config(f"{op}_backward", (default["BLOCK"], str(x_NC.dtype)), default, candidates)
+    programs = options.pop("PROGRAMS") * tile.multiprocessors(x_NC.device)
+    return min(-(-rows // options["ROWS"]), programs), options
+
+
+def _tile(rows: int, columns: int, dtype: torch.dtype, elements: int) -> dict[str, int]:
+    """Return ROWS, BLOCK and num_warps of a tile: one row, or short rows, but no more than there are."""
+    options = tile.row_options(columns, dtype)
+    height = min(max(1, elements // options["BLOCK"]), 1 << max(0, rows - 1).bit_length())
+    warps = max(options["num_warps"], min(4, height * options["BLOCK"] // 256))
+    return {**options, "ROWS": height, "num_warps": warps}

@@ -43,20 +43,33 @@ def adamw(
         differ. means, squares: fp32 moments, zeros before the first step. step: 1 at the first step.
         weight_decay: decoupled, times lr. scale: multiplies the gradients (clipping).
         copies: of the parameters after the step, in another dtype; written, never read; none if empty.
-    Raises: ValueError for lists of unequal lengths or shapes, or a parameter that is not contiguous.
+    Raises: ValueError for lists of unequal lengths or shapes, wrong dtypes, or a parameter, moment or copy
+        that is not contiguous; nothing has been written then.
     Cost: reads and writes parameters and moments, reads gradients; 15 FLOPs an element; bound by memory.
     """
     if not params:
         return
+    if step < 1:
+        raise ValueError(f"step = {step}: the first is 1")
     lists = (params, grads, means, squares, *([copies] if copies else []))
     if any(len(one) != len(params) for one in lists):
         raise ValueError(f"lists of {', '.join(str(len(one)) for one in lists)} tensors: must be equal")
-    for tensors in zip(*lists, strict=True):
-        if any(one.shape != tensors[0].shape for one in tensors):
-            raise ValueError(f"shapes {', '.join(str(list(one.shape)) for one in tensors)}: must be equal")
-        if not all(one.is_contiguous() for number, one in enumerate(tensors) if number != 1):
-            raise ValueError("a parameter, moment or copy is not contiguous: it is written in place")
+    for param, grad, mean, square, *copy in zip(*lists, strict=True):
+        _check(params[0].dtype, param, grad, mean, square, *copy)
     OPERATOR(params, grads, means, squares, list(copies), lr, *betas, eps, weight_decay, step, scale)
+
+
+def _check(dtype: torch.dtype, param: Tensor, grad: Tensor, *written: Tensor) -> None:
+    """Refuse what C would read or write wrongly."""
+    shape = param.shape
+    if grad.shape != shape or any(one.shape != shape for one in written):
+        shapes = ", ".join(str(list(one.shape)) for one in (param, grad, *written))
+        raise ValueError(f"shapes {shapes}: must be equal")
+    if not param.is_contiguous() or not all(one.is_contiguous() for one in written):
+        raise ValueError("a parameter, moment or copy is not contiguous: it is written in place")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if param.dtype != dtype or written[0].dtype != wide or written[1].dtype != wide:
+        raise ValueError(f"a parameter's dtype is not {dtype}, or a moment's not {wide}")
 
 
 @torch.no_grad()
@@ -166,7 +179,7 @@ def forward_cpu(
     """All tensors in one call; gradients and copies that are neither fp32 nor bf16 take the reference."""
     grads = [grad.contiguous() for grad in grads]
     kinds = {one.dtype for one in (*grads, *copies)} | {params[0].dtype}
-    if not kinds.issubset(_NARROW) or any(one.dtype != torch.float32 for one in (*means, *squares)):
+    if not kinds.issubset(_NARROW):
         adamw_reference(
             params, grads, means, squares, copies, lr, beta1, beta2, eps, weight_decay, step, scale
         )

@@ -19,6 +19,7 @@ from marrow.kernels.tile import tl
 
 CHUNK_ROWS = 1 << 16  # of the plain version: scores of as many rows are kept at once
 MOST_TAKEN = 32  # results that Triton's version takes one by one
+SHAPES = ("few queries", "many queries", "few queries, many results", "many queries, many results")
 
 
 class Found(NamedTuple):
@@ -77,7 +78,7 @@ def listed(among: Tensor, num_rows: int) -> Tensor:
         if among.shape != (num_rows,):
             raise UsageError(f"search: a mask of {list(among.shape)} for {num_rows} vectors")
         return among.nonzero().squeeze(1)
-    rows_M = torch.unique(among)
+    rows_M: Tensor = torch.unique(among)
     if len(rows_M) and not 0 <= int(rows_M[0]) <= int(rows_M[-1]) < num_rows:
         raise UsageError(f"search: rows {rows_M[0]} to {rows_M[-1]} of {num_rows} vectors")
     return rows_M
@@ -290,25 +291,21 @@ def _examples(dtype: torch.dtype, device: str) -> list[Example]:
     return examples
 
 
-def shape_class(vectors_NC: Tensor, queries_QC: Tensor, k: int, rows_M: Tensor | None) -> tuple[bool, bool]:
-    """Return whether there are more than 16 queries, and more results than Triton's version takes."""
-    return len(queries_QC) > 16, k > MOST_TAKEN
+def _shape_class(vectors_NC: Tensor, queries_QC: Tensor, k: int, rows_M: Tensor | None) -> str:
+    return SHAPES[(len(queries_QC) > 16) + 2 * (k > MOST_TAKEN)]
 
 
 def _triton_loses(case: Case) -> str | None:
     """Not measured on a GPU; by the number of operations."""
-    if case.shape is None:
-        return None
-    is_batch, has_many = case.shape  # type: ignore[misc]
-    if has_many:
+    if case.shape in SHAPES[2:]:
         return f"it takes results one by one: torch.topk is better beyond {MOST_TAKEN}"
-    return (
-        "more than 16 queries are bound by fp32 arithmetic, at which cuBLAS is better" if is_batch else None
-    )
+    if case.shape == SHAPES[1]:
+        return "more than 16 queries are bound by fp32 arithmetic, at which cuBLAS is better"
+    return None
 
 
 OPERATOR = Operator(
-    "top_k", top_k_reference, fake=_empty, results=2, examples=_examples, shape_class=shape_class
+    "top_k", top_k_reference, fake=_empty, results=2, examples=_examples, shape_class=_shape_class
 )
 OPERATOR.add("torch", forward_torch)
 OPERATOR.add("cpu", forward_cpu, **native.path("top_k"))

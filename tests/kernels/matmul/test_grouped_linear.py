@@ -1,0 +1,96 @@
+"""grouped_linear: every path against fp64 and plain torch, with experts that have no rows, and a rest."""
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from operator_checks import check_budget, check_node, rounded, run, usable
+
+from marrow.kernels.matmul.grouped_linear import OPERATOR, grouped_linear
+
+PATHS = usable(OPERATOR)
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def inputs(
+    counts: tuple[int, ...], rest: int, outputs: int, columns: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = rounded(sum(counts) + rest, columns, seed=seed)
+    weight = rounded(len(counts), outputs, columns, seed=seed + 1)
+    return x, weight, torch.tensor(counts).cumsum(0).int()
+
+
+CASES = [
+    ((1,), 0, 1, 1),
+    ((0, 3, 0, 17), 0, 33, 20),
+    ((5, 0), 4, 16, 70),
+    ((0, 0), 2, 8, 8),
+    ((2, 2, 2, 2, 2, 2, 2), 1, 13, 17),
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("counts", "rest", "outputs", "columns"), CASES)
+def test_values_and_gradients_stay_within_the_error_budget(path, dtype, counts, rest, outputs, columns):
+    check_budget(OPERATOR, path, inputs(counts, rest, outputs, columns), dtype)
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=20)
+@hypothesis.given(
+    counts=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    rest=st.integers(0, 3),
+    outputs=st.integers(1, 40),
+    columns=st.integers(1, 40),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_stays_within_the_error_budget(path, dtype, counts, rest, outputs, columns, seed):
+    check_budget(OPERATOR, path, inputs(tuple(counts), rest, outputs, columns, seed), dtype)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_each_row_meets_its_own_expert_alone(path):
+    """Expert e multiplies by e + 1: what a row gets tells whom it met."""
+    weight = torch.eye(4).repeat(3, 1, 1) * torch.arange(1.0, 4.0)[:, None, None]
+    y = OPERATOR.run(path, torch.ones(7, 4), weight, torch.tensor([2, 2, 5], dtype=torch.int32))
+    assert y[:, 0].tolist() == [1, 1, 3, 3, 3, 0, 0]
+    assert torch.equal(y, y[:, :1].expand(7, 4))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_row_that_is_not_finite_spoils_no_other(path):
+    x, weight, offsets = inputs((3, 4), 2, 8, 8)
+    x[1, 3], x[8, 0] = float("nan"), float("inf")  # one of them in the rest
+    y = run(OPERATOR, path, (x, weight, offsets), torch.float32)[0]
+    assert y[1].isnan().all()
+    assert y[[0, 2, 3, 4, 5, 6, 7]].isfinite().all()
+
+
+def test_a_gradient_is_that_of_finite_differences():
+    x, weight, offsets = inputs((2, 0, 3), 1, 3, 4)
+    arguments = x.requires_grad_(), weight.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *given: OPERATOR.run("reference", *given, offsets), arguments)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_views_and_empty_inputs_work(path):
+    x, weight, offsets = inputs((3, 2), 0, 6, 16)
+    x, weight = x.float(), weight.float()
+    expected = OPERATOR.run(path, x[:, ::2].contiguous(), weight[..., ::2].contiguous(), offsets)
+    assert torch.equal(OPERATOR.run(path, x[:, ::2], weight[..., ::2], offsets), expected)
+    assert OPERATOR.run(path, x[:0], weight, torch.zeros(2, dtype=torch.int32)).shape == (0, 6)
+
+
+def test_it_is_a_linear_layer_where_there_is_one_expert():
+    x, weight = torch.randn(5, 16), torch.randn(1, 8, 16)
+    y = grouped_linear(x, weight, torch.tensor([5], dtype=torch.int32))
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight[0]))
+
+
+@pytest.mark.slow
+def test_it_is_one_node_of_a_graph():
+    x, weight, offsets = inputs((2, 0, 3), 1, 8, 16)
+    check_node(OPERATOR, (x.float().requires_grad_(), weight.float().requires_grad_(), offsets))
