@@ -20,7 +20,7 @@ IN_PROCESS = {
     "stream",
     "kernels",
 }  # the rest find their peers among the test dependencies
-SAME_PEERS = {"resume": "loader"}
+SAME_PEERS = {"resume": "loader", "kernels_gpu": "kernels"}
 
 
 def main() -> None:

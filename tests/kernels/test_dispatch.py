@@ -98,6 +98,20 @@ def test_triton_is_not_missed_on_a_cpu_unless_it_was_asked_for(scale):
         scale(torch.ones(2), 3.0)
 
 
+def test_an_interpreter_that_could_run_is_taken_only_if_asked_for(recorder):
+    operator = Operator("scale_interpreted", lambda x, factor: factor * x, fake=fake)
+    try:
+        operator.add("torch", recorder.path("torch")[0])
+        operator.add("triton", recorder.path("triton")[0])
+        operator(torch.ones(2), 3.0)
+        assert operator.choose(Case("cuda", torch.float32)) == ("triton", "")
+        dispatch.reset("triton")
+        operator(torch.ones(2), 3.0)
+        assert recorder.calls == ["torch forward", "triton forward"]
+    finally:
+        del dispatch._operators["scale_interpreted"]
+
+
 def test_a_path_that_loses_in_a_shape_class_gives_way_there_without_a_warning(recorder):
     operator = Operator(
         "scale_by_shape", lambda x, factor: factor * x, fake=fake, shape_class=lambda x, factor: len(x) > 4

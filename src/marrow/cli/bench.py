@@ -81,18 +81,36 @@ def serve(
 )
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page with the roofline plot there.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--budget", "budget_s", type=click.FloatRange(1), help="GPU: all cases within so many seconds.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="GPU: write kernels.jsonl and kernels.txt there."
+)
+@click.option("--tune", is_flag=True, help="GPU: find the fastest tile configurations and keep them.")
 def kernels(
-    ops: tuple[str, ...], dtypes: tuple[str, ...], seconds: float, html: Path | None, as_json: bool
+    ops: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    seconds: float,
+    html: Path | None,
+    as_json: bool,
+    budget_s: float | None,
+    out: Path | None,
+    tune: bool,
 ) -> None:
-    """Measure each operator against this machine's roofline, on one thread of the CPU.
+    """Measure each operator against this machine's roofline.
 
-    The path that is taken has a star. Time is that of a forward.
+    On one thread of the CPU, every path; the one that is taken has a star, time is that of a forward. With
+    --budget, --out or --tune on the GPU, beside its peers and against the goals.
     """
     import torch
 
     from marrow.cli.tables import measured_table
     from marrow.kernels import device, roofline
 
+    if budget_s is not None or out is not None or tune:
+        if ops or html is not None or as_json:
+            raise UsageError("--op, --html and --json are of the CPU's roofline, not of the GPU's cases")
+        _gpu_kernels(540.0 if budget_s is None else budget_s, out, tune)
+        return
     device.raise_malloc_thresholds()
     torch.set_num_threads(1)
     operators = roofline.load_operators(ops)
@@ -108,6 +126,26 @@ def kernels(
         click.echo(json.dumps(rows, indent=2))
         return
     click.echo(measured_table(roofline.HEADER, [roofline.describe(row) for row in rows]), nl=False)
+
+
+def _gpu_kernels(budget_s: float, out: Path | None, tune: bool) -> None:
+    """Measure or tune the Triton kernels on the CUDA device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError(
+            "--budget, --out and --tune need a CUDA device, and torch sees none here",
+            hint="leave them away: the CPU's roofline needs none; `marrow doctor` shows the devices",
+        )
+    from marrow.kernels import gpu_bench, gpu_cases, tuning
+
+    if tune:
+        path = tuning.tune(gpu_cases.all_cases(), device="cuda", budget_s=budget_s, tell=console.say)
+        click.echo(str(path))
+        return
+    bench = gpu_bench.Bench(device="cuda", budget_s=budget_s, out=out)
+    rows = bench.run(gpu_cases.all_cases())
+    click.echo(gpu_bench.table(rows, bench.roofs, gpu_bench.facts("cuda")), nl=False)
 
 
 @command.command("loader")

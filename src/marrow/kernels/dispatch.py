@@ -71,7 +71,11 @@ class Path:
         if (why := self.unusable()) is not None:
             # A C file that does not compile has warned itself; Triton on a CPU is an interpreter.
             return why, is_asked_for or (self.name == "triton" and case.device == "cuda")
-        return (None if is_asked_for else self.loses(case)), False
+        if is_asked_for:
+            return None, False
+        if self.name == "triton" and case.device == "cpu":
+            return "its interpreter is for tests", False
+        return self.loses(case), False
 
 
 class _Found(NamedTuple):

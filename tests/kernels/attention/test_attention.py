@@ -59,12 +59,14 @@ def plain_torch(given, dtype):
 
 
 def check(path, given, dtype):
-    # ds = p (dp - delta) cancels where a query sees few keys; dp is a sum of D products, 4 sigma of them.
+    # Backward finds p again as exp(s - lse): an ulp of the largest score is an error of p. And ds = p (dp - delta)
+    # cancels where a query sees few keys; dp is a sum of D products with a gradient that is 4 at most.
     q, k, v = given[:3]
-    term = float(v.norm(dim=-1).max()) * 4 * q.shape[-1] ** -0.5
-    check_budget(
-        OPERATOR, path, given, dtype, plain=plain_torch, terms=(0.0, term * k.abs().max(), term * q.abs().max())
-    )
+    heads = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    score = max(1.0, float(torch.einsum("nhd,mhd->hnm", q, heads).abs().max()) * q.shape[-1] ** -0.5)
+    term = score * float(v.norm(dim=-1).max()) * 4 * q.shape[-1] ** -0.5
+    terms = (0.0, term * float(k.abs().max()), term * float(q.abs().max()), 4 * score)
+    check_budget(OPERATOR, path, given, dtype, plain=plain_torch, terms=terms if dtype == torch.float32 else ())
 
 
 def by_hand(given):
@@ -115,7 +117,7 @@ def test_kernels_stay_within_the_error_budget_at_the_edges_of_blocks(path, dtype
 
 @pytest.mark.parametrize("path", [path for path in FAST if path != "reference"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @hypothesis.given(
     rows=st.lists(st.lists(st.integers(1, 70), min_size=1, max_size=4), min_size=1, max_size=3),
     group=st.integers(1, 8),

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from marrow.kernels import tile
+from marrow.kernels import native, tile
 from marrow.kernels.attention.flash import backward_triton, forward_triton
 from marrow.kernels.dispatch import Example, Gradient, Operator
 
@@ -130,9 +130,11 @@ def forward_torch(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """Torch's fused kernels where they can, or products of all queries with all keys."""
+    if not q_NHD.numel():
+        return _empty(q_NHD, k_NKD, v_NKD, first_N, last_N, row_tokens, is_whole, window, softcap)
     q_BHTD, k_BKSD, v_BKSD = (_rows(x, row_tokens) for x in (q_NHD, k_NKD, v_NKD))
     is_plain = is_whole and not window
-    if softcap or not q_NHD.numel() or (q_NHD.is_cuda and not (is_plain and _is_half(q_NHD))):
+    if softcap or (q_NHD.is_cuda and not (is_plain and _is_half(q_NHD))):
         return _products(q_NHD, k_NKD, v_NKD, first_N, row_tokens, window, softcap)
     # PERF: 16 rows of 512, half of them with two documents, 4 heads of 64 over 2, one core,
     # interleaved, forward + backward in bf16 / fp32: mask made once 98 / 131 ms, boolean mask
@@ -165,9 +167,11 @@ def backward_torch(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Torch's fused backward, or products where that is slower."""
+    if not q_NHD.numel():
+        return torch.empty_like(q_NHD), torch.empty_like(k_NKD), torch.empty_like(v_NKD)
     is_plain, is_half = is_whole and not window, _is_half(q_NHD)
     is_slow = q_NHD.device.type == "cpu" and is_half and row_tokens <= LONGEST_PRODUCTS
-    if is_slow or softcap or not q_NHD.numel() or (q_NHD.is_cuda and not (is_plain and is_half)):
+    if is_slow or softcap or (q_NHD.is_cuda and not (is_plain and is_half)):
         return _products_backward(do_NHD, q_NHD, k_NKD, v_NKD, first_N, row_tokens, window, softcap)
     groups = q_NHD.shape[1] // k_NKD.shape[1]
     do_BHTD, q_BHTD, o_BHTD = (_rows(x, row_tokens) for x in (do_NHD, q_NHD, o_NHD))
@@ -302,6 +306,62 @@ def _tokens(x_BHTD: Tensor) -> Tensor:
     return x_BHTD.transpose(1, 2).flatten(0, 1).contiguous()
 
 
+# CPU
+
+
+def forward_cpu(
+    q_NHD: Tensor,
+    k_NKD: Tensor,
+    v_NKD: Tensor,
+    first_N: Tensor,
+    last_N: Tensor,
+    row_tokens: int,
+    is_whole: bool,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """In C: blocks of queries, shared among torch's threads."""
+    q_NHD, k_NKD, v_NKD, first_N = (x.contiguous() for x in (q_NHD, k_NKD, v_NKD, first_N.int()))
+    o_NHD, lse_HN = _empty(q_NHD, k_NKD, v_NKD, first_N, last_N, row_tokens, is_whole, window, softcap)
+    if q_NHD.numel():
+        native.function("attention", "attention_forward", "ppppppllllllffii")(
+            *native.pointers(q_NHD, k_NKD, v_NKD, first_N, o_NHD, lse_HN),
+            *_sizes(q_NHD, k_NKD, row_tokens, window, softcap),
+        )
+    return o_NHD, lse_HN
+
+
+def backward_cpu(
+    do_NHD: Tensor,
+    q_NHD: Tensor,
+    k_NKD: Tensor,
+    v_NKD: Tensor,
+    o_NHD: Tensor,
+    lse_HN: Tensor,
+    first_N: Tensor,
+    last_N: Tensor,
+    row_tokens: int,
+    is_whole: bool,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In C: rows of the batch and kv heads, shared among torch's threads."""
+    given = [x.contiguous() for x in (do_NHD, q_NHD, k_NKD, v_NKD, o_NHD, lse_HN, first_N.int())]
+    grads = [torch.empty_like(x) for x in given[1:4]]
+    if q_NHD.numel():
+        native.function("attention", "attention_backward", "ppppppppppllllllffii")(
+            *native.pointers(*given, *grads), *_sizes(q_NHD, k_NKD, row_tokens, window, softcap)
+        )
+    return grads[0], grads[1], grads[2]
+
+
+def _sizes(q_NHD: Tensor, k_NKD: Tensor, row_tokens: int, window: int, softcap: float) -> tuple[Any, ...]:
+    """Return what both C functions are told besides where the tensors are."""
+    tokens, heads, head_size = q_NHD.shape
+    numbers = tokens, heads, k_NKD.shape[1], head_size, row_tokens, window, head_size**-0.5, softcap
+    return *numbers, torch.get_num_threads(), native.type_of(q_NHD)
+
+
 # What all paths share
 
 
@@ -391,3 +451,4 @@ OPERATOR = Operator(
 )
 OPERATOR.add("torch", forward_torch, backward_torch, dtypes=(torch.float32, torch.bfloat16, torch.float16))
 OPERATOR.add("triton", forward_triton, backward_triton, **tile.path())
+OPERATOR.add("cpu", forward_cpu, backward_cpu, **native.path("attention"))

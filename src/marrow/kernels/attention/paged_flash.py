@@ -126,7 +126,8 @@ def _forward(  # type: ignore[no-untyped-def]
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     number, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     # The last sequence whose blocks of rows begin at this one or before.
-    sequence, beyond = 0, sequences
+    sequence = number * 0  # a tensor, even if the loop does not run
+    beyond = sequence + sequences
     while beyond - sequence > 1:
         middle = (sequence + beyond) // 2
         is_before = tl.load(starts + middle) // QUERIES + middle <= number

@@ -196,8 +196,8 @@ INLINE void product_keys(float *scores, const char *const left[4], long stride, 
 }
 
 /* `count` rows of product_values, without tiles. */
-INLINE void add_rows(float *o, const void *left, long stride, const void *panel, int size, int row, int count,
-                     int type) {
+INLINE void add_rows(float *o, const void *left, long stride, long across, const void *panel, int size, int row,
+                     int count, int type) {
     for (int at = 0; at < size; at += 2 * LANES) {
         lanes sums[4][2];
         for (int i = 0; i < count; i++)
@@ -215,7 +215,7 @@ INLINE void add_rows(float *o, const void *left, long stride, const void *panel,
             for (int k = 0; k < KEYS; k++) {
                 lanes right[2] = {load(panel, k * size + at, F32), load(panel, k * size + at + LANES, F32)};
                 for (int i = 0; i < count; i++) {
-                    float one = ((const float *)left)[k * stride + row + i];
+                    float one = ((const float *)left)[k * stride + (row + i) * across];
                     for (int j = 0; j < 2; j++) sums[i][j] += one * right[j];
                 }
             }
@@ -226,10 +226,10 @@ INLINE void add_rows(float *o, const void *left, long stride, const void *panel,
 
 /* o [16][size] += left [16][64] times panel [64][size].
  * bf16: left row by row, `stride` bytes a row; the panel in units of [32 of 64][16 of size], k first.
- * fp32: left [64][16], column by column, `stride` of them apart; the panel [64][size].
+ * fp32: left with `stride` numbers from k to k, `across` from row to row; the panel [64][size].
  * rows: that count exactly, but all 16 with tiles. o: `size` floats a row. */
-INLINE void product_values(float *o, const void *left, long stride, const void *panel, int size, int rows,
-                           int tiles, stream *next, int type) {
+INLINE void product_values(float *o, const void *left, long stride, long across, const void *panel, int size,
+                           int rows, int tiles, stream *next, int type) {
 #if HAS_BF16_TILES
     if (type == BF16 && tiles) {
         int units = size / 16, unit = 0;
@@ -283,8 +283,8 @@ INLINE void product_values(float *o, const void *left, long stride, const void *
     }
 #endif
     int row = 0;
-    for (; row + 4 <= rows; row += 4) add_rows(o, left, stride, panel, size, row, 4, type);
-    for (; row < rows; row++) add_rows(o, left, stride, panel, size, row, 1, type);
+    for (; row + 4 <= rows; row += 4) add_rows(o, left, stride, across, panel, size, row, 4, type);
+    for (; row < rows; row++) add_rows(o, left, stride, across, panel, size, row, 1, type);
 }
 
 /* The right factor of product_keys: 16 rows of `size` numbers, padded with zeros to `padded`, with k going down.

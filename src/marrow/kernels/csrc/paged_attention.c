@@ -233,12 +233,12 @@ INLINE void compute(const call *c, const task *t, room *r, long padded, int type
                 }
                 long lane = i * l.rows, some = t->rows < l.rows ? t->rows : l.rows;
                 if (type == F32)
-                    product_values(o + lane * padded, r->scores + lane, LANES, r->panel, padded, some, 0, next, F32);
+                    product_values(o + lane * padded, r->scores + lane, LANES, 1, r->panel, padded, some, 0, next, F32);
                 else if (c->tiles)
-                    product_values(o, r->p + (places[lane] - lane) * KEYS, 2 * KEYS, r->panel, padded, LANES, 1, next,
+                    product_values(o, r->p + (places[lane] - lane) * KEYS, 2 * KEYS, 0, r->panel, padded, LANES, 1, next,
                                    BF16);
                 else
-                    product_values(o + lane * padded, r->p + places[lane] * KEYS, 2 * KEYS, r->panel, padded, some, 0,
+                    product_values(o + lane * padded, r->p + places[lane] * KEYS, 2 * KEYS, 0, r->panel, padded, some, 0,
                                    next, BF16);
             }
         }

@@ -1,4 +1,6 @@
-"""How rows are drawn, and what is drawn: the data of `sample`, and its random numbers.
+"""How rows are drawn, and what is drawn: data, random numbers, and the filters in plain torch.
+
+The oracle of `sample` and `verify_draft` sorts, in fp64. What is meant by the filters: `sample`.
 
 Axes: S rows, V vocabulary, N tokens of all histories, R listed alternatives.
 """
@@ -98,6 +100,47 @@ def mixed(value: Tensor) -> Tensor:
 def shifted(value: Tensor, by: int) -> Tensor:
     """Shift to the right as an unsigned number."""
     return (value >> by) & ((1 << (64 - by)) - 1)
+
+
+def collect_reference(
+    logits_SV: Tensor, factors_S6: Tensor, keys_S4: Tensor, history_N: Tensor, starts_S1: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what each token weighs in the draw, fp64, -1 where it is dropped; and which rows are bad."""
+    temperature_S1, top_p_S1, min_p_S1 = factors_S6.double()[:, :3, None].unbind(1)
+    x_SV = penalised(logits_SV.double(), factors_S6.double()[:, 3:], keys_S4[:, 3], history_N, starts_S1)
+    vocab, rank_V = logits_SV.shape[1], torch.arange(logits_SV.shape[1], device=logits_SV.device)
+    sorted_SV, order_SV = x_SV.sort(dim=-1, descending=True, stable=True)
+    best_S1 = sorted_SV[:, :1]
+    is_bad_S = ~best_S1[:, 0].isfinite() | x_SV.isnan().any(-1)
+    is_greedy_S1 = ~(temperature_S1 > 0)
+    masses_SV = torch.exp((sorted_SV - best_S1) / temperature_S1.masked_fill(is_greedy_S1, 1.0))
+    keep_SV = rank_V < keys_S4[:, :1].masked_fill(keys_S4[:, :1] <= 0, vocab)
+    masses_SV = masses_SV * keep_SV
+    before_SV = masses_SV.cumsum(-1) - masses_SV
+    keep_SV &= (before_SV < top_p_S1 * masses_SV.sum(-1, keepdim=True)) | (top_p_S1 >= 1) | (rank_V == 0)
+    is_near_SV = sorted_SV >= best_S1 + temperature_S1 * min_p_S1.log()
+    keep_SV &= is_near_SV | (min_p_S1 <= 0) | (sorted_SV == best_S1)
+    keep_SV &= ~is_greedy_S1 | (rank_V == 0)
+    # Back to the order of the vocabulary, in which the cumulative distribution runs.
+    kept_SV = torch.where(keep_SV, masses_SV.nan_to_num(0.0), -1.0)
+    return torch.zeros_like(masses_SV).scatter(-1, order_SV, kept_SV), is_bad_S
+
+
+def penalised(
+    x_SV: Tensor, factors_S3: Tensor, num_drawn_S: Tensor, history_N: Tensor, starts_S1: Tensor
+) -> Tensor:
+    """Take from each row's logits what the tokens of its history cost."""
+    lengths_S = starts_S1.diff()
+    row_S = torch.arange(len(x_SV), device=x_SV.device)
+    row_N = torch.repeat_interleave(row_S, lengths_S, output_size=len(history_N))  # a size needs no answer
+    is_drawn_N = torch.arange(len(history_N), device=x_SV.device) >= (starts_S1[1:] - num_drawn_S)[row_N]
+    counts_SV = torch.zeros_like(x_SV)
+    seen_SV = counts_SV.index_put((row_N, history_N), torch.ones_like(history_N, dtype=x_SV.dtype))
+    counts_SV = counts_SV.index_put((row_N, history_N), is_drawn_N.to(x_SV.dtype), accumulate=True)
+    repetition_S1, presence_S1, frequency_S1 = factors_S3[:, :, None].unbind(1)
+    repeated_SV = torch.where(x_SV > 0, x_SV / repetition_S1, x_SV * repetition_S1)
+    x_SV = torch.where(seen_SV > 0, repeated_SV, x_SV)
+    return x_SV - counts_SV * frequency_S1 - (counts_SV > 0) * presence_S1
 
 
 def _signed(seed: int) -> int:
