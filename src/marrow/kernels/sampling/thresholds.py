@@ -11,7 +11,8 @@ from marrow.kernels.tile import tl
 
 def row_options(columns: int) -> dict[str, int]:
     """Return BLOCK and num_warps for programs that walk a row."""
-    return {"BLOCK": max(128, min(4096, 1 << (columns - 1).bit_length())), "num_warps": 8}
+    block = max(128, min(4096, 1 << (columns - 1).bit_length()))
+    return {"BLOCK": block, "num_warps": max(1, block // 256)}  # 8 elements a thread: more would spill
 
 
 @tile.jit

@@ -56,7 +56,7 @@ def verify_draft(
 def match(tokens_N: Tensor, drafts_N: Tensor, begins_S1: Tensor) -> tuple[Tensor, Tensor]:
     """Return, for each sequence, how many drafts are what was drawn, and the draw behind them.
 
-    Args: tokens_N: int64, drawn from the target at each row, -1 where that failed. Others as in `verify_draft`.
+    Args: tokens_N: int64, drawn from the target at each row, -1 where that failed. Others: `verify_draft`.
     """
     rows_N = torch.arange(len(tokens_N), device=tokens_N.device)
     # A row ends its sequence's run of accepted drafts where it differs, and where it is the last.
@@ -139,7 +139,7 @@ def _verify(  # type: ignore[no-untyped-def]
             inverse, cut = inverse_of(temperature, BLOCK), cut_of(most, temperature, min_p, BLOCK)
             u, accept, draft = tl.load(uniforms + row), tl.load(accepts + row), tl.load(drafts + row)
             count, limit, ties = collect(x, columns, best, temperature, top_p, top_k, values, places, BLOCK)
-            place, kept, total, own = draw(
+            place, _kept, total, own = draw(
                 values,
                 places,
                 probs,
@@ -162,7 +162,7 @@ def _verify(  # type: ignore[no-untyped-def]
                 q = tl.load(theirs + draft, mask=is_token, other=0.0).to(tl.float64)
                 stands = (is_token & (own > 0.0) & (accept * q < own / total)).to(tl.int32)
                 if stands == 0:
-                    other, kept, rest, own = draw(
+                    other, _kept, rest, own = draw(
                         values,
                         places,
                         theirs,
