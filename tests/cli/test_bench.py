@@ -10,6 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from marrow_process import Marrow
 from range_server import RangeServer
 
 from marrow.cli.main import run
@@ -106,14 +108,6 @@ def test_a_live_server_is_measured(finished: Path, capsys: pytest.CaptureFixture
     assert "404" in refused.err
 
 
-@pytest.mark.slow
-def test_the_kernels_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["bench", "kernels", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert {"rms_norm", "attention", "paged_attention"} <= {row["op"] for row in rows}
-    assert all(row["microseconds"] > 0 and row["share_of_peak"] > 0 for row in rows)
-
-
 LOADER = ["bench", "loader", "--seconds", "0.1", "--step-ms", "4", "--batch-rows", "8"]
 
 
@@ -206,3 +200,54 @@ def test_a_page_that_cannot_be_written_is_said(parquet: Path, capsys: pytest.Cap
     page = parquet / "x.html"
     assert run([*LOADER, str(parquet), "--workers", "0", "--no-sizes", "--html", str(page)]) == 1
     assert "cannot write the page" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- kernels
+
+
+@pytest.mark.slow
+def test_kernels_are_measured_against_the_roofline(marrow: Marrow, tmp_path: Path) -> None:
+    page = tmp_path / "roofline.html"
+    options = ["--op", "swiglu", "--op", "rms_norm", "--seconds", "0.001", "--html", str(page)]
+    done = marrow("bench", "kernels", *options)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for word in ("op", "path", "GB/s", "GFLOP/s", "of roof"):
+        assert word in lines[0]
+    assert any("swiglu" in line and "float32" in line for line in lines)
+    assert any("rms_norm" in line and "bfloat16" in line for line in lines)
+    assert "*" in done.stdout, "the path that is taken"
+    markup = page.read_text(encoding="utf-8")
+    assert markup.count("<circle") == len(lines) - 2
+    assert "https://" not in markup
+
+
+@pytest.mark.slow
+def test_kernels_are_told_as_json_too(marrow: Marrow) -> None:
+    done = marrow("bench", "kernels", "--op", "softcap", "--dtype", "bf16", "--seconds", "0.001", "--json")
+    rows = json.loads(done.stdout)
+    assert {(row["op"], row["dtype"]) for row in rows} == {("softcap", "bfloat16")}
+    assert sum(row["is_chosen"] for row in rows) == len({row["shape"] for row in rows})
+
+
+def test_an_unknown_operator_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "kernels", "--op", "rms_nrom"]) == 2
+    told = capsys.readouterr()
+    assert "no operator 'rms_nrom'" in told.err
+    assert "rms_norm" in told.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("option", [["--budget", "5"], ["--out", "somewhere"], ["--tune"]])
+def test_what_needs_a_gpu_says_so(
+    option: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["bench", "kernels", *option]) == 2
+    assert "need a CUDA device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_of_the_cpu_and_of_the_gpu_do_not_mix(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "kernels", "--tune", "--json"]) == 2
+    assert "not of the GPU's cases" in capsys.readouterr().err

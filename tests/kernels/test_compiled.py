@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from marrow.kernels import compiled
-from marrow.kernels.compiled import Row
+from marrow.kernels import compiled, compiled_table
+from marrow.kernels.compiled_table import Row
 
 pytest.importorskip("triton")
 TESTS = Path(__file__).parents[1]
@@ -50,7 +50,7 @@ def test_a_copy_uses_wide_loads_and_stores(rows):
     assert row.wide_loads == row.loads > 0
     assert row.wide_stores == row.stores > 0
     assert row.registers > 0
-    assert compiled.faults(row) == []
+    assert compiled_table.faults(row) == []
 
 
 @pytest.mark.slow
@@ -58,7 +58,7 @@ def test_a_copy_uses_wide_loads_and_stores(rows):
 def test_a_copy_that_lost_its_wide_loads_is_worse(rows, name):
     row = rows[name, 90]
     assert row.wide_loads == 0 < row.loads
-    assert "lost its 128-bit loads" in compiled.worse(rows["good copy", 90], row)
+    assert "lost its 128-bit loads" in compiled_table.worse(rows["good copy", 90], row)
 
 
 @pytest.mark.slow
@@ -68,13 +68,13 @@ def test_a_product_uses_tensor_cores_on_each_architecture(rows, arch):
     assert row.dots == 1
     assert row.tensor_core > 0
     assert row.shared_bytes > 0
-    assert compiled.faults(row) == []
+    assert compiled_table.faults(row) == []
 
 
 @pytest.mark.slow
 def test_a_kernel_that_spills_is_refused(rows):
     assert rows["spilling product", 90].spills > 0
-    assert any("spills" in fault for fault in compiled.faults(rows["spilling product", 90]))
+    assert any("spills" in fault for fault in compiled_table.faults(rows["spilling product", 90]))
 
 
 @pytest.mark.slow
@@ -83,13 +83,13 @@ def test_a_product_in_fp32_needs_no_tensor_cores_and_one_in_tf32_does(rows):
     assert rows["tf32 product", 90].dots == 1
     assert rows["tf32 product", 90].tensor_core > 0
     lost = dataclasses.replace(rows["tf32 product", 90], tensor_core=0)
-    assert compiled.faults(lost) == ["multiplies matrices without tensor cores"]
-    assert "lost its tensor-core instructions" in compiled.worse(rows["tf32 product", 90], lost)
+    assert compiled_table.faults(lost) == ["multiplies matrices without tensor cores"]
+    assert "lost its tensor-core instructions" in compiled_table.worse(rows["tf32 product", 90], lost)
 
 
 @pytest.mark.slow
 def test_too_much_shared_memory_is_refused(rows):
-    assert any("shared memory" in fault for fault in compiled.faults(rows["greedy product", 80]))
+    assert any("shared memory" in fault for fault in compiled_table.faults(rows["greedy product", 80]))
 
 
 @pytest.mark.slow
@@ -115,25 +115,30 @@ def row(**changes):
 
 def test_a_table_survives_writing_and_reading(tmp_path):
     table = [row(registers=32, wide_loads=4), row(arch=80, skipped="sm_80 has no fp8e4nv")]
-    compiled.write(tmp_path / "table.csv", table)
-    assert compiled.read(tmp_path / "table.csv") == table
+    compiled_table.write(tmp_path / "table.csv", table)
+    assert compiled_table.read(tmp_path / "table.csv") == table
 
 
 def test_more_registers_alone_are_no_complaint():
-    assert compiled.check([row(registers=64)], [row(registers=32)]) == []
+    assert compiled_table.check([row(registers=64)], [row(registers=32)]) == []
 
 
 def test_what_the_table_does_not_know_and_what_is_gone_are_complaints():
-    told = compiled.check([row(kernel="new")], [row(kernel="old"), row(op="other"), row(arch=80)])
+    told = compiled_table.check([row(kernel="new")], [row(kernel="old"), row(op="other"), row(arch=80)])
     assert [line.split(": ")[1] for line in told] == ["is not in the table", "is in the table alone"]
+
+
+def test_an_operator_that_is_gone_is_a_complaint_where_all_were_compiled():
+    assert compiled_table.check([row()], [row(), row(op="gone")]) == []
+    assert len(compiled_table.check([row()], [row(), row(op="gone")], is_whole=True)) == 1
 
 
 def test_what_got_worse_is_a_complaint():
     before = row(tensor_core=8, wide_loads=4, wide_stores=4)
-    assert compiled.check([before], [before]) == []
-    assert len(compiled.check([row()], [before])) == 3
-    assert len(compiled.check([row(skipped="no")], [row()])) == 1
-    assert len(compiled.check([row(spills=2)], [row(spills=2)])) == 1  # the table is no excuse
+    assert compiled_table.check([before], [before]) == []
+    assert len(compiled_table.check([row()], [before])) == 3
+    assert len(compiled_table.check([row(skipped="no")], [row()])) == 1
+    assert len(compiled_table.check([row(spills=2)], [row(spills=2)])) == 1  # the table is no excuse
 
 
 @pytest.mark.slow

@@ -42,8 +42,14 @@ def doubled() -> Iterator[Operator]:
 
 @pytest.fixture(scope="module")
 def rows(doubled: Operator) -> list[dict[str, object]]:
+    """Measured once: the two peaks take a second. The caller's random numbers are left alone."""
     torch.set_num_threads(1)
-    return measure({"doubled": doubled}, seconds=1e-3)
+    torch.manual_seed(7)
+    expected = torch.randn(3)
+    torch.manual_seed(7)
+    found = measure({"doubled": doubled}, seconds=1e-3)
+    assert torch.equal(torch.randn(3), expected)
+    return found
 
 
 def test_every_operator_of_the_package_is_loaded_in_order_of_names() -> None:
@@ -78,7 +84,13 @@ def test_examples_that_take_too_long_even_at_the_roof_are_left_out(
     assert [one.label for one in kept] == ["pretends to be huge"], "the smallest stays, whatever it costs"
 
 
-def test_an_operator_without_an_example_has_no_row(doubled: Operator) -> None:
+@pytest.mark.slow
+def test_operators_without_examples_or_with_too_large_ones_have_no_row(
+    doubled: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roofline, "LARGEST_BYTES", 2 * 4 * ROWS**2 - 1)  # two examples of a matrix in fp32
+    assert measure({"doubled": doubled}, seconds=1e-3) == []
+    assert doubled.examples(torch.float16, "cpu") == [], "and in this dtype there is none"
     assert measure({"doubled": doubled}, dtype=torch.float16, seconds=1e-3) == []
 
 
@@ -92,14 +104,6 @@ def test_figures_are_positive_and_agree_with_each_other(rows: list[dict[str, obj
         moved = row["gbytes_per_s"] * row["microseconds"]  # type: ignore[operator]
         assert moved == pytest.approx(8 * ROWS**2 / 1e3)  # 1 GB/s for 1 us is 1 kB
     assert len({row["peak_gflops"] for row in rows}) == 1, "measured once"
-
-
-def test_measuring_leaves_the_random_numbers_of_the_caller_alone(doubled: Operator) -> None:
-    torch.manual_seed(7)
-    expected = torch.randn(3)
-    torch.manual_seed(7)
-    measure({"doubled": doubled}, seconds=1e-3)
-    assert torch.equal(torch.randn(3), expected)
 
 
 def test_a_row_is_told_with_units_and_a_star_on_the_path_that_is_taken(rows: list[dict[str, object]]) -> None:

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import torch
 
 from marrow.kernels import compiled, tile
+from marrow.kernels.compiled_table import Row
 from marrow.kernels.tile import tl
 
 
@@ -85,7 +86,7 @@ def launched(name, arch):
 def main():
     wanted = json.loads(sys.argv[1])
     tasks = [
-        compiled.Task(compiled.Row("planted", name, "", "bf16", arch, ""), launched(name, arch))
+        compiled.Task(Row("planted", name, "", "bf16", arch, ""), launched(name, arch))
         for name, arch in wanted
     ]
     rows, complaints = compiled.compile_all(tasks, processes=1)

@@ -11,7 +11,6 @@ A type that an architecture lacks (fp8 on sm_80) is listed as skipped.
 """
 
 import argparse
-import csv
 import hashlib
 import importlib
 import json
@@ -23,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,15 @@ from torch import Tensor
 from marrow import kernels
 from marrow.core import native
 from marrow.kernels import dispatch, tile
+from marrow.kernels.compiled_table import Row, check, describe, faults, read, write
 from marrow.kernels.configs import tables
 from marrow.kernels.dispatch import Example, Operator
 from marrow.kernels.dispatch import Path as KernelPath
 
 ARCHITECTURES = (80, 90, 100)
-SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 DTYPES = (torch.bfloat16, torch.float32)
 PROCESSES = 2
+_READING = 1  # of cubins: raise it where `_measure` reads something else, and the cache is not used
 
 _TENSOR_CORE = re.compile(r"\b(?:[HIQDBO]G?MMA|UTC[A-Z]*MMA)\b")
 _LOAD = re.compile(r"\b(?:LDG|LDGSTS|UTMALDG|UBLKCP)[.\w]*")
@@ -49,38 +49,6 @@ _SPILL = re.compile(r"\b(?:LDL|STL)\b")
 _DOT = re.compile(r"tt\.dot.*?: tensor<[\dx]+x(\w+)>")
 # Relative to the checkout.
 TABLE = Path("tests/kernels/compiled.csv")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What one kernel became on one architecture. The first six name it.
-
-    dots: matrix products of the source that tensor cores can do. spills: instructions that move registers
-    to memory and back; stack_bytes: what they take, a thread. skipped: why it was not compiled.
-    """
-
-    op: str
-    kernel: str
-    example: str
-    dtype: str
-    arch: int
-    config: str
-    registers: int = 0
-    stack_bytes: int = 0
-    spills: int = 0
-    shared_bytes: int = 0
-    dots: int = 0
-    tensor_core: int = 0
-    loads: int = 0
-    wide_loads: int = 0
-    stores: int = 0
-    wide_stores: int = 0
-    skipped: str = ""
-
-    @property
-    def name(self) -> tuple[Any, ...]:
-        """Return what the row is about."""
-        return self.op, self.kernel, self.example, self.dtype, self.arch, self.config
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +256,7 @@ def _identity(row: Row, launch: tile.Launch) -> str:
 def _versions() -> str:
     import triton  # only where something is compiled
 
-    return f"{triton.__version__} {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
+    return f"{triton.__version__} {_READING}"
 
 
 def _with(row: Row, found: dict[str, Any]) -> Row:
@@ -301,65 +269,6 @@ def _text(value: Any) -> str:
 
 def _short(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}[dtype]
-
-
-def read(path: Path) -> list[Row]:
-    """Read the table."""
-    numbers = {field.name for field in fields(Row) if field.type is int}
-    with path.open(newline="") as file:
-        lines: list[dict[str, Any]] = list(csv.DictReader(file))
-    for line in lines:
-        line.update({name: int(line[name]) for name in numbers})
-    return [Row(**line) for line in lines]
-
-
-def write(path: Path, rows: Iterable[Row]) -> None:
-    """Write the table."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
-def faults(row: Row) -> list[str]:
-    """Say what is wrong with a row whatever it was before."""
-    found = []
-    if row.spills or row.stack_bytes:
-        found.append(f"spills registers ({row.spills} instructions, {row.stack_bytes} bytes)")
-    if row.shared_bytes > (limit := SHARED_LIMIT_BYTES[row.arch]):
-        found.append(f"takes {row.shared_bytes} bytes of shared memory, of {limit}")
-    if row.dots and not row.tensor_core:
-        found.append("multiplies matrices without tensor cores")
-    return found
-
-
-def worse(before: Row, now: Row) -> list[str]:
-    """Say what got worse; registers alone do not count."""
-    found = []
-    if before.tensor_core and not now.tensor_core:
-        found.append("lost its tensor-core instructions")
-    if before.wide_loads and not now.wide_loads:
-        found.append("lost its 128-bit loads")
-    if before.wide_stores and not now.wide_stores:
-        found.append("lost its 128-bit stores")
-    if now.skipped and not before.skipped:
-        found.append(f"is skipped now: {now.skipped}")
-    return found
-
-
-def check(rows: Sequence[Row], table: Sequence[Row]) -> list[str]:
-    """Compare what was compiled with the table; return complaints."""
-    known, complaints = {row.name: row for row in table}, []
-    for row in rows:
-        wrong = faults(row)
-        if row.name not in known:
-            wrong.append("is not in the table")
-        else:
-            wrong += worse(known[row.name], row)
-        complaints += [f"{' '.join(map(str, row.name))}: {what}" for what in wrong]
-    compared, made = {(row.op, row.arch) for row in rows}, {row.name for row in rows}
-    gone = [row for row in table if (row.op, row.arch) in compared and row.name not in made]
-    return complaints + [f"{' '.join(map(str, row.name))}: is in the table alone" for row in gone]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -384,7 +293,7 @@ def main(arguments: Sequence[str]) -> int:
         write(given.table, sorted([*kept, *rows], key=lambda row: row.name))
         complaints += [f"{' '.join(map(str, row.name))}: {what}" for row in rows for what in faults(row)]
     elif given.check:
-        complaints += check(rows, table)
+        complaints += check(rows, table, is_whole=not given.op and not given.arch)
     else:
         for row in rows:
             print(describe(row))  # noqa: T201 (a program)
@@ -395,16 +304,6 @@ def main(arguments: Sequence[str]) -> int:
         print(hint, file=sys.stderr)  # noqa: T201
     print(f"{len(rows)} kernels, {len(complaints)} complaints", file=sys.stderr)  # noqa: T201
     return 1 if complaints else 0
-
-
-def describe(row: Row) -> str:
-    """Return one line of text for a row."""
-    what = row.skipped or (
-        f"{row.registers:>3} registers, {row.spills} spills, {row.shared_bytes} bytes shared, "
-        f"{row.tensor_core} tensor-core instructions for {row.dots} products, "
-        f"{row.wide_loads} of {row.loads} loads and {row.wide_stores} of {row.stores} stores of 128 bits"
-    )
-    return f"sm_{row.arch:<4}{row.op}.{row.kernel} {row.dtype} {row.example} [{row.config}]: {what}"
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def _cuda_times(functions: dict[str, Function]) -> dict[str, list[float]]:
 def roofs(device: str, *, is_tiny: bool = False) -> Iterator[tuple[str, float]]:
     """Measure the device: copy and read in GB/s, matrix products in TFLOP/s by type."""
     yield from _bandwidths(device, (1 << 20) if is_tiny else (2 << 30))
-    n = 128 if is_tiny else 8192
+    n = 32 if is_tiny else 8192
     for name, make in _products(n, device).items():
         try:
             took = times({name: make()}, device)[name]

@@ -24,7 +24,9 @@ from marrow.kernels.device import measure_copy_bandwidth, measure_gemm_peak
 from marrow.kernels.dispatch import Case, Example, Operator
 
 HEADER = ("op", "path", "dtype", "shape", "time", "GB/s", "GFLOP/s", "of roof", "roof")
-LONGEST_S = 0.1  # at the roof: larger examples are left out, for the reference may take 50 times as long
+LARGEST_BYTES = 4 << 30  # of an operator's examples on the CPU, which are made all at once
+LONGEST_S = 0.1  # at the roof: larger examples are left out
+SLOW_S = 0.5  # behind a path that takes longer the others, slower ones, are left out
 _GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
@@ -58,7 +60,8 @@ def measure(
     Args: seconds: for each path and example, and for each of the two peaks.
     Returns: a JSON-able row for each (operator, example, path): op, path, is_chosen, dtype, shape,
         microseconds of a forward, gbytes_per_s, gflops, flops_per_byte, their peaks, bound,
-        share_of_peak. Operators without an example in this dtype have none.
+        share_of_peak. Operators without an example in this dtype have none, nor have those whose examples
+        would take more than LARGEST_BYTES of a CPU's memory.
     """
     peak_gbytes = measure_copy_bandwidth(device=device, seconds=seconds)
     size = _GEMM_SIZE[torch.device(device).type]
@@ -66,6 +69,8 @@ def measure(
     rows = []
     for done, operator in enumerate(operators.values()):
         progress(done, len(operators), "operator")
+        if device == "cpu" and _bytes_of(operator.examples(dtype, "meta")) > LARGEST_BYTES:
+            continue
         with torch.random.fork_rng():
             torch.manual_seed(0)
             examples = operator.examples(dtype, device)
@@ -78,6 +83,8 @@ def measure(
                 name = str(dtype).removeprefix("torch.")
                 row = {"op": operator.name, "path": path, "is_chosen": path == chosen, "dtype": name}
                 rows.append(row | {"shape": example.label} | figures)
+                if took_s > SLOW_S:
+                    break
     return rows
 
 
@@ -139,6 +146,10 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
             table(("", *HEADER), [(number, *describe(row)) for number, row in enumerate(mine, 1)]),
         )
     return report.html()
+
+
+def _bytes_of(examples: Sequence[Example]) -> int:
+    return sum(x.nbytes for one in examples for x in one.inputs if isinstance(x, torch.Tensor))
 
 
 def _affordable(examples: Sequence[Example], gbytes: float, gflops: float) -> list[Example]:

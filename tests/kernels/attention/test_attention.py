@@ -59,14 +59,17 @@ def plain_torch(given, dtype):
 
 
 def check(path, given, dtype):
-    # Backward finds p again as exp(s - lse): an ulp of the largest score is an error of p. And ds = p (dp - delta)
-    # cancels where a query sees few keys; dp is a sum of D products with a gradient that is 4 at most.
+    # Backward finds p again as exp(s - lse): two ulps of the largest score are an error of p. And
+    # p (dp - delta) cancels where a query sees few keys: dp is a sum of D products with a gradient that is 4 at most, and
+    # delta, the sum of o do, has the error of a rounded o.
     q, k, v = given[:3]
     heads = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     score = max(1.0, float(torch.einsum("nhd,mhd->hnm", q, heads).abs().max()) * q.shape[-1] ** -0.5)
     term = score * float(v.norm(dim=-1).max()) * 4 * q.shape[-1] ** -0.5
-    terms = (0.0, term * float(k.abs().max()), term * float(q.abs().max()), 4 * score)
-    check_budget(OPERATOR, path, given, dtype, plain=plain_torch, terms=terms if dtype == torch.float32 else ())
+    terms = (0.0, term * float(k.abs().max()), term * float(q.abs().max()), 4 * 2 * score)
+    if dtype != torch.float32:
+        terms = (0.0, *(float(v.abs().max() * x.abs().max()) for x in (k, q)))
+    check_budget(OPERATOR, path, given, dtype, plain=plain_torch, terms=terms)
 
 
 def by_hand(given):
@@ -117,7 +120,7 @@ def test_kernels_stay_within_the_error_budget_at_the_edges_of_blocks(path, dtype
 
 @pytest.mark.parametrize("path", [path for path in FAST if path != "reference"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @hypothesis.given(
     rows=st.lists(st.lists(st.integers(1, 70), min_size=1, max_size=4), min_size=1, max_size=3),
     group=st.integers(1, 8),
@@ -138,7 +141,9 @@ def test_no_token_sees_another_document_or_the_future(path):
     """Change one token's key and value: only later tokens of its own document may move, bit for bit."""
     lengths = [[5, 7], [4, 8]]
     document = documents(lengths)
-    q, k, v, *rest = (x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs(lengths))
+    q, k, v, *rest = (
+        x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs(lengths)
+    )
     before = OPERATOR.run(path, q, k, v, *rest)
     for at in (0, 4, 5, 11, 12, 17, 23):
         k2, v2 = k.clone(), v.clone()
@@ -157,7 +162,9 @@ def test_scores_that_would_overflow_do_not(path):
     assert all(grad.isfinite().all() for grad in grads)
 
 
-@pytest.mark.parametrize("path", [path for path in PATHS if path != "torch"])  # which adds a mask: NaN - inf is NaN
+@pytest.mark.parametrize(
+    "path", [path for path in PATHS if path != "torch"]
+)  # which adds a mask: NaN - inf is NaN
 def test_what_is_not_finite_stays_in_its_document(path):
     q, k, v, *rest = inputs([[64, 64], [64, 64]], heads=1, kv_heads=1)
     q[70], k[3, 0, 0] = float("nan"), float("nan")
@@ -172,7 +179,9 @@ def test_what_is_not_finite_stays_in_its_document(path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_views_and_empty_inputs_work(path):
-    q, k, v, *rest = (x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs([[12]]))
+    q, k, v, *rest = (
+        x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs([[12]])
+    )
     expected = OPERATOR.run(path, q, k, v, *rest)
     fused = torch.cat([q, k, v], 1)  # as a fused projection gives them
     views = fused[:, :4], fused[:, 4:6], fused[:, 6:]
@@ -191,7 +200,9 @@ def test_a_gradient_is_that_of_finite_differences():
 @pytest.mark.parametrize("one", PATHS[1:])
 @pytest.mark.parametrize("other", PATHS[1:])
 def test_any_backward_may_follow_any_forward(one, other):
-    given = [x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs([[5, 7]])]
+    given = [
+        x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs([[5, 7]])
+    ]
     o, lse = OPERATOR.paths[one].forward(*given)
     assert lse.is_contiguous() and lse.shape == (4, 12)
     grad = rounded(*o.shape, seed=7).float()
@@ -235,12 +246,16 @@ def test_equal_numbers_in_different_rows_are_different_documents():
 def test_it_is_torch_s_own():
     q, k, v = (x.float() for x in inputs([[12], [12]])[:3])
     rows = [x.view(2, 12, -1, 8).transpose(1, 2) for x in (q, k, v)]
-    theirs = F.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
+    theirs = (
+        F.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
+    )
     torch.testing.assert_close(attention(q, k, v, pack(torch.zeros(24), 12)), theirs)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # its plain form is the oracle
+@pytest.mark.filterwarnings(
+    "ignore:flex_attention called without torch.compile"
+)  # its plain form is the oracle
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (5, 0.0), (0, 2.0)])
 def test_it_is_what_transformers_and_flex_attention_compute(window, softcap):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention

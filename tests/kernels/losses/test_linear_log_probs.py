@@ -44,13 +44,19 @@ def plain(given, dtype):
     return [each.detach() for each in results] + list(torch.autograd.grad(wanted, leaves, grads))
 
 
+def check(path, given, dtype):
+    # Gradients of logits, p at most 1 each way, cancel in sums with the other factor's values.
+    terms = 0.0, 0.0, *(2 * float(each.abs().max()) for each in (given[1], given[0]))
+    check_budget(OPERATOR, path, given, dtype, plain=plain, terms=terms)
+
+
 @pytest.mark.usefixtures("_chunked")
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(("rows", "channels", "vocab"), [(1, 1, 1), (2, 3, 2), (7, 16, 129)])
 def test_values_and_gradients_stay_within_the_error_budget(path, dtype, options, rows, channels, vocab):
-    check_budget(OPERATOR, path, inputs(rows, channels, vocab, options), dtype, plain=plain)
+    check(path, inputs(rows, channels, vocab, options), dtype)
 
 
 @pytest.mark.usefixtures("_chunked")
@@ -66,7 +72,7 @@ def test_values_and_gradients_stay_within_the_error_budget(path, dtype, options,
     seed=st.integers(0, 2**31),
 )
 def test_any_shape_stays_within_the_error_budget(path, dtype, rows, channels, vocab, seed):
-    check_budget(OPERATOR, path, inputs(rows, channels, vocab, OPTIONS[1], seed), dtype, plain=plain)
+    check(path, inputs(rows, channels, vocab, OPTIONS[1], seed), dtype)
 
 
 def test_a_gradient_is_that_of_finite_differences():

@@ -12,7 +12,6 @@ from operator_checks import filled_with_nan, usable
 
 from marrow.kernels.sampling.draws import Draw, Draws, uniform
 from marrow.kernels.sampling.sample import OPERATOR, sample
-from marrow.serve import sampling as served
 
 PATHS = usable(OPERATOR)
 FAST = [path for path in PATHS if path != "triton"]
@@ -73,7 +72,7 @@ def check_like_the_sort(path, seed, largest=3000):
     assert torch.equal(logits, before)
 
 
-# A value within 1e-7 of a filter's edge could fall on the other side in fp32: seeds are fixed, so never or always.
+# A value within 1e-7 of a filter's edge could fall on the other side in fp32; seeds are fixed: never or always.
 @pytest.mark.parametrize("seed", range(150))
 def test_what_is_kept_and_drawn_is_what_a_sort_keeps_and_draws(seed):
     for path in FAST:
@@ -81,7 +80,7 @@ def test_what_is_kept_and_drawn_is_what_a_sort_keeps_and_draws(seed):
 
 
 @pytest.mark.skipif("triton" not in PATHS, reason="needs Triton or its interpreter")
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_the_triton_path_keeps_and_draws_the_same(seed):
     check_like_the_sort("triton", seed, largest=100)
 
@@ -126,7 +125,7 @@ def chi_square(counts_V: torch.Tensor, expected_V: torch.Tensor) -> float:
     ],
 )
 def test_draws_follow_the_distribution(path, draw):
-    """A right sampler fails one of these 12 fixed runs with probability below 1e-4 (chi-square beyond 6 sigma)."""
+    """A right sampler fails one of these 12 fixed runs with probability below 1e-4 (6 sigma of chi-square)."""
     logits_V = torch.randn(12, generator=torch.Generator().manual_seed(1)) * 1.5
     count = 20_000
     packed = Draws.of([draw] * count)
@@ -212,8 +211,8 @@ def test_impossible_tokens_are_never_drawn(path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_row_draws_the_same_alone_and_in_any_batch(path):
-    rows = 6 if path == "triton" else 64
-    logits = torch.randn(rows, 200, generator=torch.Generator().manual_seed(1)) * 2
+    rows = 4 if path == "triton" else 64
+    logits = torch.randn(rows, 100, generator=torch.Generator().manual_seed(1)) * 2
     kinds = [Draw(), Draw(top_k=5), Draw(top_p=0.8, temperature=1.7), Draw(temperature=0.0)]
     draws = [
         Draw(
@@ -270,11 +269,31 @@ def _fields(draw: Draw) -> dict[str, object]:
     return {name: getattr(draw, name) for name in Draw.__slots__}
 
 
-def test_the_numbers_are_those_of_the_server():
+def test_uniform_numbers_are_those_of_split_mix_64():
+    """Written down once, so that a seed draws the same text in years."""
+
+    def mix(value: int) -> int:
+        value = (value + 0x9E3779B97F4A7C15) % 2**64
+        value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
+        return value ^ value >> 31
+
+    assert mix(0) == 0xE220A8397B1DCDAF  # the first number of the generator's published sequence for seed 0
     seeds = [0, 1, -1, 2**63 - 1, -(2**63), 12345, 2**64 - 1]
     packed = Draws.of([Draw(seed=seed, position=17 * i) for i, seed in enumerate(seeds)])
     ours = uniform(packed.keys_S4[:, 1], packed.keys_S4[:, 2])
-    assert ours.tolist() == [served.uniform(seed, 17 * i) for i, seed in enumerate(seeds)]
+    states = [mix(seed % 2**64) ^ (17 * i * 0x9E3779B97F4A7C15 % 2**64) for i, seed in enumerate(seeds)]
+    assert ours.tolist() == [(mix(state) >> 11) * 2.0**-53 for state in states]
+
+
+def test_uniform_numbers_are_even_and_unrelated():
+    seeds, positions = torch.meshgrid(torch.arange(-5, 200), torch.arange(200), indexing="ij")
+    values = uniform(seeds, positions)
+    assert values.min() >= 0 and values.max() < 1
+    assert abs(values.mean() - 0.5) < 0.01  # 7 standard errors of 41,000 uniform numbers
+    for a, b in ((values[:-1], values[1:]), (values[:, :-1], values[:, 1:])):
+        correlation = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
+        assert abs(correlation) < 0.025  # 5 / sqrt(41,000)
 
 
 def test_log_probabilities_are_those_of_the_plain_softmax():

@@ -1,8 +1,8 @@
 """FlashAttention in Triton: forward and backward of `attention`, by blocks of queries and keys.
 
-    keys        lo      full      diagonal         a block of queries reads the keys from its first
-    queries  [  ////|||||||||||||||\\\\  ]          document's beginning to its own end; only blocks at
-                                                   the borders ("/" and "\\") are masked
+    keys        begin    full          diagonal    end
+                | masked | all are seen | masked |      a block of queries reads the keys from where its
+                                                        first document begins to its own end
 
 Rows of a batch are documents like any others, so the tokens are one flat list: documents that a block does
 not meet are never read, and no mask of T x T exists. Backward has two kernels, so that nothing is added up
@@ -23,6 +23,7 @@ LOG2E = tl.constexpr(1.4426950408889634) if tile.triton else 1.4426950408889634
 NEVER = tl.constexpr(-1e30) if tile.triton else -1e30  # the largest score where there is none yet; finite
 
 
+# fmt: off
 @tile.jit
 def _bend(scores, scale, softcap, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
     """Scores to the base 2, and the softcap's slope at them."""
@@ -52,28 +53,11 @@ def _store(start, stride, at, tokens, x, SIZE: tl.constexpr, WIDTH: tl.constexpr
 
 @tile.jit
 def _attend(  # type: ignore[no-untyped-def]
-    q,
-    k,
-    v,
-    begin,
-    end,
-    at_M,
-    low_M,
-    o,
-    most,
-    total,
-    stride,
-    tokens,
-    scale,
-    softcap,
-    MASKED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, begin, end, at_M, low_M, o, most, total, stride, tokens, scale, softcap,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Queries against the keys from `begin` to `end`; carries o, the largest scores and the sums."""
+    """Carry o, the largest scores and the sums on over the keys from `begin` to `end`."""
     for first in range(begin, end, BLOCK_N):
         at_N = first + tl.arange(0, BLOCK_N)
         keys = _rows(k, stride, at_N, tokens, SIZE, WIDTH)
@@ -94,23 +78,8 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @tile.jit
 def _forward(  # type: ignore[no-untyped-def]
-    q,
-    k,
-    v,
-    first,
-    o,
-    lse,
-    tokens,
-    heads,
-    kv_heads,
-    window,
-    scale,
-    softcap,
-    SOFTCAP: tl.constexpr,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    q, k, v, first, o, lse, tokens, heads, kv_heads, window, scale, softcap, SOFTCAP: tl.constexpr,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     head = tl.program_id(0)
@@ -131,7 +100,6 @@ def _forward(  # type: ignore[no-untyped-def]
     sums = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     most = tl.full([BLOCK_M], NEVER, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    # fmt: off
     sums, most, total = _attend(
         queries, k, v, begin, full, at_M, low_M, sums, most, total, kv_stride, tokens, scale, softcap,
         True, SOFTCAP, SIZE, WIDTH, BLOCK_N, PRECISION,
@@ -144,7 +112,6 @@ def _forward(  # type: ignore[no-untyped-def]
         queries, k, v, diagonal, end, at_M, low_M, sums, most, total, kv_stride, tokens, scale, softcap,
         True, SOFTCAP, SIZE, WIDTH, BLOCK_N, PRECISION,
     )
-    # fmt: on
     _store(o + head * SIZE, stride, at_M, tokens, sums / total[:, None], SIZE, WIDTH)
     place = head.to(tl.int64) * tokens + at_M
     tl.store(lse + place, (most + tl.log2(total)) / LOG2E, mask=at_M < tokens)
@@ -152,7 +119,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 @tile.jit
 def _delta(do, o, delta, tokens, heads, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The sum of do times o of each query."""
+    """Sum do times o for each query."""
     head, at_M = tl.program_id(0), tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     left = _rows(do + head * SIZE, heads * SIZE, at_M, tokens, SIZE, WIDTH).to(tl.float32)
     right = _rows(o + head * SIZE, heads * SIZE, at_M, tokens, SIZE, WIDTH).to(tl.float32)
@@ -162,29 +129,9 @@ def _delta(do, o, delta, tokens, heads, SIZE: tl.constexpr, WIDTH: tl.constexpr,
 
 @tile.jit
 def _collect_keys(  # type: ignore[no-untyped-def]
-    keys,
-    values,
-    q,
-    do,
-    lse,
-    delta,
-    first,
-    begin,
-    end,
-    at_N,
-    dk,
-    dv,
-    stride,
-    tokens,
-    window,
-    scale,
-    softcap,
-    MASKED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    PRECISION: tl.constexpr,
+    keys, values, q, do, lse, delta, first, begin, end, at_N, dk, dv, stride, tokens, window, scale,
+    softcap, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Add what the queries from `begin` to `end` of one head give; scores lie [keys, queries]."""
     for start in range(begin, end, BLOCK_M):
@@ -209,28 +156,9 @@ def _collect_keys(  # type: ignore[no-untyped-def]
 
 @tile.jit
 def _backward_keys(  # type: ignore[no-untyped-def]
-    q,
-    k,
-    v,
-    do,
-    lse,
-    delta,
-    first,
-    last,
-    dk,
-    dv,
-    tokens,
-    heads,
-    kv_heads,
-    window,
-    scale,
-    softcap,
-    SOFTCAP: tl.constexpr,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, do, lse, delta, first, last, dk, dv, tokens, heads, kv_heads, window, scale, softcap,
+    SOFTCAP: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):
     head, start = tl.program_id(0), tl.program_id(1) * BLOCK_N
     at_N = start + tl.arange(0, BLOCK_N)
@@ -248,11 +176,10 @@ def _backward_keys(  # type: ignore[no-untyped-def]
     values = _rows(v + head * SIZE, kv_stride, at_N, tokens, SIZE, WIDTH)
     k_sums = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     v_sums = tl.zeros([BLOCK_N, WIDTH], tl.float32)
-    for number in range(0, group):
+    for number in range(group):
         one = head * group + number
         from_q, from_do = q + one * SIZE, do + one * SIZE
         from_lse, from_delta = lse + one.to(tl.int64) * tokens, delta + one.to(tl.int64) * tokens
-        # fmt: off
         k_sums, v_sums = _collect_keys(
             keys, values, from_q, from_do, from_lse, from_delta, first, begin, full, at_N, k_sums, v_sums,
             stride, tokens, window, scale, softcap, True, SOFTCAP, SIZE, WIDTH, BLOCK_M, PRECISION,
@@ -265,34 +192,15 @@ def _backward_keys(  # type: ignore[no-untyped-def]
             keys, values, from_q, from_do, from_lse, from_delta, first, until, end, at_N, k_sums, v_sums,
             stride, tokens, window, scale, softcap, True, SOFTCAP, SIZE, WIDTH, BLOCK_M, PRECISION,
         )
-        # fmt: on
     _store(dk + head * SIZE, kv_stride, at_N, tokens, k_sums * scale, SIZE, WIDTH)
     _store(dv + head * SIZE, kv_stride, at_N, tokens, v_sums, SIZE, WIDTH)
 
 
 @tile.jit
 def _collect_queries(  # type: ignore[no-untyped-def]
-    queries,
-    grads,
-    shift,
-    delta,
-    k,
-    v,
-    begin,
-    end,
-    at_M,
-    low_M,
-    dq,
-    stride,
-    tokens,
-    scale,
-    softcap,
-    MASKED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    queries, grads, shift, delta, k, v, begin, end, at_M, low_M, dq, stride, tokens, scale, softcap,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Add what the keys from `begin` to `end` give."""
     for start in range(begin, end, BLOCK_N):
@@ -312,26 +220,9 @@ def _collect_queries(  # type: ignore[no-untyped-def]
 
 @tile.jit
 def _backward_queries(  # type: ignore[no-untyped-def]
-    q,
-    k,
-    v,
-    do,
-    lse,
-    delta,
-    first,
-    dq,
-    tokens,
-    heads,
-    kv_heads,
-    window,
-    scale,
-    softcap,
-    SOFTCAP: tl.constexpr,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, do, lse, delta, first, dq, tokens, heads, kv_heads, window, scale, softcap,
+    SOFTCAP: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):
     head = tl.program_id(0)
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # the longest first
@@ -353,10 +244,9 @@ def _backward_queries(  # type: ignore[no-untyped-def]
     k += head // (heads // kv_heads) * SIZE
     v += head // (heads // kv_heads) * SIZE
     sums = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    # fmt: off
     sums = _collect_queries(
-        queries, grads, shift, deltas, k, v, begin, full, at_M, low_M, sums, kv_stride, tokens, scale, softcap,
-        True, SOFTCAP, SIZE, WIDTH, BLOCK_N, PRECISION,
+        queries, grads, shift, deltas, k, v, begin, full, at_M, low_M, sums, kv_stride, tokens, scale,
+        softcap, True, SOFTCAP, SIZE, WIDTH, BLOCK_N, PRECISION,
     )
     sums = _collect_queries(
         queries, grads, shift, deltas, k, v, full, diagonal, at_M, low_M, sums, kv_stride, tokens, scale,
@@ -366,8 +256,8 @@ def _backward_queries(  # type: ignore[no-untyped-def]
         queries, grads, shift, deltas, k, v, diagonal, end, at_M, low_M, sums, kv_stride, tokens, scale,
         softcap, True, SOFTCAP, SIZE, WIDTH, BLOCK_N, PRECISION,
     )
-    # fmt: on
     _store(dq + head * SIZE, stride, at_M, tokens, sums * scale, SIZE, WIDTH)
+# fmt: on
 
 
 def forward_triton(
@@ -381,7 +271,7 @@ def forward_triton(
     window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """A program for each block of queries and head; heads side by side, so that they share keys in cache."""
+    """Start a program for each block of queries and head; heads side by side, to share keys in cache."""
     q_NHD, k_NKD, v_NKD = q_NHD.contiguous(), k_NKD.contiguous(), v_NKD.contiguous()
     tokens, heads, head_size = q_NHD.shape
     o_NHD, lse_HN = torch.empty_like(q_NHD), q_NHD.new_empty(heads, tokens, dtype=torch.float32)
@@ -406,7 +296,7 @@ def backward_triton(
     window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A program for each block of keys and kv head, then one for each block of queries and head."""
+    """Start a program for each block of keys and kv head, then one for each block of queries and head."""
     q_NHD, k_NKD, v_NKD = q_NHD.contiguous(), k_NKD.contiguous(), v_NKD.contiguous()
     do_NHD, first_N, last_N = do_NHD.contiguous(), first_N.int(), last_N.int()
     tokens, heads, head_size = q_NHD.shape
@@ -444,7 +334,9 @@ def _options(kernel: str, q_NHD: Tensor, window: int, softcap: float) -> dict[st
         blocks = (32, 16, 4, 1) if kernel != "attention_backward_keys" else (16, 32, 4, 1)
     default = dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), blocks, strict=True))
     others = [default | {"num_stages": stages} for stages in (1, 2, 3, 4)]
-    others += [default | {"BLOCK_N": default["BLOCK_M"] // 2 * n} for n in (1, 2)] + [default | {"num_warps": 4}]
+    others += [default | {"BLOCK_N": default["BLOCK_M"] // 2 * n} for n in (1, 2)] + [
+        default | {"num_warps": 4}
+    ]
     cut = tile.config(kernel, (width, str(dtype).removeprefix("torch.")), default, others if is_half else ())
     # Three products of TF32 parts are as good as one in fp32, and run on tensor cores.
     precision = "ieee" if is_half else "tf32x3"

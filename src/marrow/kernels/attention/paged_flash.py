@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 
 from marrow.kernels import tile
-from marrow.kernels.attention.flash import LOG2E, NEVER, _bend
+from marrow.kernels.attention.flash import NEVER, _bend
 from marrow.kernels.tile import tl
 
 
+# fmt: off
 @tile.jit
-def _load(cache, table, at_N, length, kv_heads, head, MASKED: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def _load(  # type: ignore[no-untyped-def]
+    cache, table, at_N, length, kv_heads, head, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr,
+):
     """Load rows of a kv head by the list of blocks, and where their scales are."""
     across = tl.arange(0, WIDTH)
     if MASKED:
@@ -39,34 +43,12 @@ def _load(cache, table, at_N, length, kv_heads, head, MASKED: tl.constexpr, BLOC
 
 @tile.jit
 def _attend(  # type: ignore[no-untyped-def]
-    queries,
-    keys,
-    values,
-    key_scales,
-    value_scales,
-    table,
-    begin,
-    end,
-    length,
-    kv_heads,
-    head,
-    low_M,
-    high_M,
-    o,
-    most,
-    total,
-    scale,
-    softcap,
-    MASKED: tl.constexpr,
-    QUANTISED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    queries, keys, values, key_scales, value_scales, table, begin, end, length, kv_heads, head, low_M,
+    high_M, o, most, total, scale, softcap, MASKED: tl.constexpr, QUANTISED: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Queries against the keys from `begin` to `end`; carries o, the largest scores and the sums."""
+    """Carry o, the largest scores and the sums on over the keys from `begin` to `end`."""
     for first in range(begin, end, BLOCK_N):
         at_N = first + tl.arange(0, BLOCK_N)
         k, rows = _load(keys, table, at_N, length, kv_heads, head, MASKED, BLOCK, SIZE, WIDTH)
@@ -93,35 +75,10 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @tile.jit
 def _forward(  # type: ignore[no-untyped-def]
-    q,
-    keys,
-    values,
-    key_scales,
-    value_scales,
-    blocks,
-    starts,
-    ends,
-    o,
-    tops,
-    totals,
-    sequences,
-    tokens,
-    list_length,
-    heads,
-    kv_heads,
-    window,
-    scale,
-    softcap,
-    SPLITS: tl.constexpr,
-    QUANTISED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, keys, values, key_scales, value_scales, blocks, starts, ends, o, tops, totals, sequences, tokens,
+    list_length, heads, kv_heads, window, scale, softcap, SPLITS: tl.constexpr, QUANTISED: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     number, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -161,7 +118,6 @@ def _forward(  # type: ignore[no-untyped-def]
         most = tl.full([BLOCK_M], NEVER, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         table = blocks + sequence.to(tl.int64) * list_length
-        # fmt: off
         sums, most, total = _attend(
             queries, keys, values, key_scales, value_scales, table, begin, full, length, kv_heads, head,
             low_M, high_M, sums, most, total, scale, softcap, False, QUANTISED, SOFTCAP, BLOCK, SIZE, WIDTH,
@@ -172,7 +128,6 @@ def _forward(  # type: ignore[no-untyped-def]
             low_M, high_M, sums, most, total, scale, softcap, True, QUANTISED, SOFTCAP, BLOCK, SIZE, WIDTH,
             BLOCK_N, PRECISION,
         )
-        # fmt: on
         if SPLITS == 1:
             sums = sums / tl.where(total == 0.0, 1.0, total)[:, None]
             tl.store(o + places, sums.to(o.dtype.element_ty), mask=inside)
@@ -189,17 +144,18 @@ def _merge(parts, tops, totals, o, rows, SPLITS: tl.constexpr, SIZE: tl.constexp
     row = tl.program_id(0).to(tl.int64)
     across = tl.arange(0, WIDTH)
     most = tl.full([], NEVER, tl.float32)
-    for split in range(0, SPLITS):
+    for split in range(SPLITS):
         most = tl.maximum(most, tl.load(tops + row + split * rows))
     total = tl.zeros([], tl.float32)
     sums = tl.zeros([WIDTH], tl.float32)
-    for split in range(0, SPLITS):
+    for split in range(SPLITS):
         share = tl.exp2(tl.load(tops + row + split * rows) - most)
         total += share * tl.load(totals + row + split * rows)
         place = parts + (row + split * rows) * SIZE + across
         sums += share * tl.load(place, mask=across < SIZE, other=0.0)
     sums = sums / tl.where(total == 0.0, 1.0, total)
     tl.store(o + row * SIZE + across, sums.to(o.dtype.element_ty), mask=across < SIZE)
+# fmt: on
 
 
 def forward_triton(
@@ -255,8 +211,15 @@ def _options(q_NHD: Tensor, keys_PSKD: Tensor, max_queries: int, softcap: float)
     if kind == "mixed" and not (tile.IS_INTERPRETED and q_NHD.device.type == "cpu"):
         rows = max(rows, 64 if is_half else 32)
     # PERF: not measured.
-    default = {"BLOCK_M": rows, "BLOCK_N": 64 if is_half else 32, "num_warps": 4, "num_stages": 3 if is_half else 1}
-    others = [default | {"BLOCK_N": keys, "num_stages": stages} for keys in (32, 64, 128) for stages in (2, 3, 4)]
+    default = {
+        "BLOCK_M": rows,
+        "BLOCK_N": 64 if is_half else 32,
+        "num_warps": 4,
+        "num_stages": 3 if is_half else 1,
+    }
+    others = [
+        default | {"BLOCK_N": keys, "num_stages": stages} for keys in (32, 64, 128) for stages in (2, 3, 4)
+    ]
     others += [default | {"num_warps": warps} for warps in (2, 8)]
     shape = (kind, width, str(keys_PSKD.dtype).removeprefix("torch."))
     cut = tile.config("paged_attention", shape, default, others if is_half else ())

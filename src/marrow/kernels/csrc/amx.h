@@ -69,12 +69,34 @@ INLINE lanes load_half(const uint16_t *from) {
     return (lanes)((lanes_u32)size | (bits & 0x8000) << 16);
 }
 
-INLINE lanes load_small(const uint8_t *from) {
-    typedef uint8_t sixteen __attribute__((vector_size(16)));
-    sixteen x;
-    memcpy(&x, from, sizeof x);
-    return to_float((lanes_i32)__builtin_convertvector(x, lanes_i32));
+typedef uint8_t few_bytes __attribute__((vector_size(16)));
+typedef int8_t few_signed __attribute__((vector_size(16)));
+
+/* In two steps where there is no instruction: GCC takes the lanes one by one to make them four times as wide. */
+INLINE lanes_i32 widen_bytes(few_bytes x) {
+#ifdef __AVX512F__
+    return (lanes_i32)_mm512_cvtepu8_epi32((__m128i)x);
+#else
+    return (lanes_i32)__builtin_convertvector(__builtin_convertvector(x, lanes_u16), lanes_u32);
+#endif
 }
+
+INLINE lanes_i32 widen_signed(few_signed x) {
+#ifdef __AVX512F__
+    return (lanes_i32)_mm512_cvtepi8_epi32((__m128i)x);
+#else
+    typedef int16_t lanes_i16 __attribute__((vector_size(32)));
+    return __builtin_convertvector(__builtin_convertvector(x, lanes_i16), lanes_i32);
+#endif
+}
+
+INLINE few_bytes load_few(const void *from) {
+    few_bytes x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+INLINE lanes load_small(const uint8_t *from) { return to_float(widen_bytes(load_few(from))); }
 
 /* 16 vectors of 16 numbers: the off-diagonal halves change places, then those of each quarter, and so on. */
 INLINE void transpose(lanes_i32 *rows) {
@@ -94,14 +116,14 @@ INLINE void transpose(lanes_i32 *rows) {
 
 #if HAS_AMX
 /* Linux lends the tiles on demand, once a process; 0 where it does not. */
-static int has_tiles(void) {
+__attribute__((unused)) static int has_tiles(void) {
     static int known; /* 0 not asked, 1 no, 2 yes: two threads that ask get the same answer */
     if (!known) known = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0 ? 2 : 1;
     return known == 2;
 }
 
 /* All eight tiles alike: 16 rows of 64 bytes; tiles 4 to 7 hold A, of `k` bytes a row, and B, of k/4 rows. */
-static void configure_tiles(int k) {
+__attribute__((unused)) static void configure_tiles(int k) {
     struct {
         uint8_t palette, start_row, reserved[14];
         uint16_t row_bytes[16];
@@ -114,7 +136,7 @@ static void configure_tiles(int k) {
     _tile_loadconfig(&configuration);
 }
 #else
-static int has_tiles(void) { return 0; }
+__attribute__((unused)) static int has_tiles(void) { return 0; }
 #endif
 
 #endif

@@ -61,8 +61,7 @@ INLINE void quantise(const problem *p, const void *x, long row, int tiles, int t
                 lanes_i32 rounded = round_off(load(from, at + half * LANES, type) * inverse);
                 if (bad != bad) rounded = (lanes_i32){0};
                 sum += rounded;
-                typedef int8_t sixteen __attribute__((vector_size(16)));
-                sixteen few = __builtin_convertvector(rounded, sixteen);
+                few_signed few = __builtin_convertvector(rounded, few_signed);
                 memcpy(natural + half * LANES, &few, sizeof few);
             }
             for (int i = 0; i < LANES; i++) total += sum[i];

@@ -47,8 +47,7 @@ INLINE void quantise(const problem *p, const void *x, long row, int tiles, int t
         lanes_i32 rounded = round_off(some * inverse);
         if (bad != bad) rounded = (lanes_i32){0};
         sum += rounded;
-        typedef int8_t sixteen __attribute__((vector_size(16)));
-        sixteen few = __builtin_convertvector(rounded, sixteen);
+        few_signed few = __builtin_convertvector(rounded, few_signed);
         if (tiles)
             for (int i = 0; i < 4; i++) memcpy(place(p, row, at + 4 * i), (char *)&few + 4 * i, 4);
         else memcpy(p->x + row * p->inputs + at, &few, at < whole ? LANES : rest);

@@ -1,7 +1,7 @@
 /* Log probabilities of given targets, and entropies. The reference is kernels/losses/linear_log_probs.py.
  *
- * With y = (x - most) scale: log p = y[target] - rest, H = rest - sum(p y). Rows whose target is IGNORE have 0 of both; a
- * target outside the row makes both NaN. `entropies` may be NULL.
+ * With y = (x - most) scale: log p = y[target] - rest, H = rest - sum(p y). Rows whose target is IGNORE have 0
+ * of both; a target outside the row makes both NaN. `entropies` may be NULL.
  */
 #include "softmax_rows.h"
 
@@ -33,7 +33,7 @@ INLINE void forward(const log_probs *given, long row, int type) {
     if (given->entropies) given->entropies[row] = sums.rest - sums.expected;
 }
 
-/* The logits become their gradient. d log p / dx = scale ([target] - p), dH / dx = scale p (rest - H - y). */
+/* The logits become their gradient. d log p / dx = scale ([target] - p), dH / dx = -scale p (log p + H). */
 INLINE void backward(const log_probs *given, long row, float grad, float entropy_grad, int type) {
     void *x = (void *)row_of(given->logits, row, given->columns, type);
     if (given->targets[row] == IGNORE) {
@@ -46,7 +46,7 @@ INLINE void backward(const log_probs *given, long row, float grad, float entropy
     float scale = given->scale, a = -grad * scale, b = 0;
     if (given->entropies) {
         b = -entropy_grad * scale;
-        a -= b * (sums.rest - given->entropies[row]);
+        a += b * given->entropies[row];
     }
     row_gradient(x, x, given->columns, scale, sums, is_whole ? a : __builtin_nanf(""), b, 0, target, grad * scale,
                  type);

@@ -81,9 +81,19 @@ INLINE lanes code(lanes x, choice c, int format, lanes_u32 *bits) {
     return to_float(whole);
 }
 
+/* The largest of 16, by halves; NaN is passed over. */
+INLINE float top_of(lanes x) {
+#pragma GCC unroll 4
+    for (int half = 8; half > 0; half /= 2) {
+        lanes_i32 turned;
+        for (int i = 0; i < LANES; i++) turned[i] = i ^ half;
+        x = larger(__builtin_shuffle(x, turned), x);
+    }
+    return x[0];
+}
+
 INLINE void put_bytes(uint8_t *to, lanes_u32 bits, long count) {
-    typedef uint8_t sixteen __attribute__((vector_size(16)));
-    sixteen few = __builtin_convertvector(bits & 255, sixteen);
+    few_bytes few = __builtin_convertvector(bits & 255, few_bytes);
     if (count >= LANES) memcpy(to, &few, LANES);
     else memcpy(to, &few, count);
 }
@@ -100,7 +110,8 @@ INLINE void one_block(const char *x, uint8_t *q, float *step, uint8_t *zero, cha
             low = blend((lanes_i32)(some < low), some, low);
             odd += some - some; /* NaN for infinity and NaN */
         }
-    choice c = choose(-largest_of(-low), largest_of(high), sum_of(odd), format);
+    float bad = top_of(blend((lanes_i32)(odd != odd), all(1), all(0))) > 0 ? NAN : 0;
+    choice c = choose(-top_of(-low), top_of(high), bad, format);
     if (step) *step = c.step, *zero = c.zero;
     for (long row = 0; row < rows; row++)
         for (long at = 0; at < columns; at += LANES) {
@@ -159,17 +170,14 @@ void dequantise(const uint8_t *q, const float *steps, const uint8_t *zeros, void
             long index = row / block_rows * along + block, start = block * block_columns;
             long end = start + block_columns < columns ? start + block_columns : columns;
             for (long at = start; at < end; at += LANES) {
-                typedef uint8_t sixteen __attribute__((vector_size(16)));
-                typedef int8_t signed_sixteen __attribute__((vector_size(16)));
                 long count = end - at < LANES ? end - at : LANES;
-                sixteen few = {0};
+                few_bytes few = {0};
                 if (count == LANES) memcpy(&few, q + row * columns + at, LANES);
                 else memcpy(&few, q + row * columns + at, count);
                 lanes number;
-                if (format == FP8) number = from_fp8(__builtin_convertvector(few, lanes_u32));
-                else if (format == INT8)
-                    number = to_float(__builtin_convertvector((signed_sixteen)few, lanes_i32));
-                else number = to_float(__builtin_convertvector(few, lanes_i32)) - zeros[index];
+                if (format == FP8) number = from_fp8((lanes_u32)widen_bytes(few));
+                else if (format == INT8) number = to_float(widen_signed((few_signed)few));
+                else number = to_float(widen_bytes(few)) - zeros[index];
                 number *= steps[index];
                 if (count == LANES) store(y, row * columns + at, number, type);
                 else store_part(y, row * columns + at, count, number, type);

@@ -2,8 +2,8 @@
  *
  * With y = (x - most) scale and rest = log(sum(e^y)), a row's log-sum-exp is most scale + rest, and
  * p = e^(y - rest): the two are kept apart, for their sum loses what is small beside large logits. Every
- * gradient here has the form p (a + b y) + c, and `d` more at the row's target. A row is read from memory once:
- * the later passes find it in the cache.
+ * gradient here has the form p (a + b log p) + c, and `d` more at the row's target. A row is read from memory
+ * once: the later passes find it in the cache.
  */
 #ifndef SOFTMAX_ROWS_H
 #define SOFTMAX_ROWS_H
@@ -109,9 +109,9 @@ INLINE row_sums sum_row(const void *x, long columns, float scale, int is_expecte
 }
 
 INLINE lanes gradient_of(lanes x, float scale, row_sums row, float a, float b, float c) {
-    lanes y = (x - row.most) * scale, p = exp_below(y - row.rest);
+    lanes log_p = (x - row.most) * scale - row.rest, p = exp_below(log_p);
     if (b == 0) return p * a + c;
-    return p * a + blend((lanes_i32)(p > 0.0f), p * y, all(0)) * b + c;
+    return p * a + blend((lanes_i32)(p > 0.0f), p * log_p, all(0)) * b + c;
 }
 
 /* `out` may be `x`. A target below 0 is none. */

@@ -82,15 +82,16 @@ def sum_row(x, columns, scale, BLOCK: tl.constexpr, EXPECTED: tl.constexpr):  # 
 def row_gradient(  # type: ignore[no-untyped-def]
     x, out, columns, scale, most, rest, a, b, c, target, d, BLOCK: tl.constexpr, HAS_B: tl.constexpr
 ):
-    """Write p (a + b y) + c, and d more at the target. `out` may be `x`."""
+    """Write p (a + b log p) + c, and d more at the target. `out` may be `x`."""
     at = tl.arange(0, BLOCK)
     for start in range(0, columns, BLOCK):
         inside = start + at < columns
-        y = (tl.load(x + start + at, mask=inside, other=float("-inf")).to(tl.float32) - most) * scale
-        p = tl.exp(y - rest)
+        some = tl.load(x + start + at, mask=inside, other=float("-inf")).to(tl.float32)
+        log_p = (some - most) * scale - rest
+        p = tl.exp(log_p)
         grad = p * a + c
         if HAS_B:
-            grad += tl.where(p > 0.0, p * y, 0.0) * b
+            grad += tl.where(p > 0.0, p * log_p, 0.0) * b
         grad += tl.where(start + at == target, d, 0.0)
         tl.store(out + start + at, grad.to(out.dtype.element_ty), mask=inside)
 

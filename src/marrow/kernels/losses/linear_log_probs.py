@@ -114,7 +114,7 @@ def _backward(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
-    """Write d log p / dx = scale ([target] - p), dH / dx = scale p (rest - H - y), y = (x - most) scale."""
+    """Write d log p / dx = scale ([target] - p), dH / dx = -scale p (log p + H)."""
     row = tl.program_id(0).to(tl.int64)
     x = logits + row * columns
     target, most, rest = tl.load(targets + row), tl.load(mosts + row), tl.load(rests + row)
@@ -123,7 +123,7 @@ def _backward(  # type: ignore[no-untyped-def]
     a, b = -grad * scale, 0.0
     if ENTROPY:
         b = tl.where(target == -100, 0.0, -tl.load(entropy_grads + row) * scale)
-        a -= b * (rest - tl.load(entropies + row))
+        a += b * tl.load(entropies + row)
     row_gradient(x, x, columns, scale, most, rest, a, b, 0.0, target, grad * scale, BLOCK, ENTROPY)
 
 

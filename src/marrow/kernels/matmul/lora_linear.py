@@ -253,11 +253,12 @@ def backward(
             y = _added(base_MN, low, b_LNR[adapter], scales_L[adapter])
             y = y if own_M1 is None else torch.where(own_M1, y, 0)
             dgains_LN[adapter] = (dy.to(wide) * y).sum(0)
-            grad = (dy.to(wide) * gains_LN[adapter]).to(dtype)
-            dbase_MN = grad if own_M1 is None else torch.where(own_M1, grad, dbase_MN)
-        scaled = (grad.to(wide) * scales_L[adapter]).to(dtype)
-        db_LNR[adapter] = scaled.T @ low
-        dlow = scaled @ b_LNR[adapter]
+            # Not rounded: terms of these products cancel. They have R columns, a small part of all.
+            grad = dy.to(wide) * gains_LN[adapter]
+            dbase_MN = torch.where(own_M1, grad.to(dtype), dbase_MN) if own_M1 is not None else grad.to(dtype)
+        scale = scales_L[adapter]
+        db_LNR[adapter] = (grad.T @ low.to(grad.dtype)).to(wide) * scale
+        dlow = ((grad @ b_LNR[adapter].to(grad.dtype)).to(wide) * scale).to(dtype)
         da_LRK[adapter] = dlow.T @ x
         dx_MK += dlow @ a_LRK[adapter]
     return dbase_MN, dx_MK, da_LRK, db_LNR, dgains_LN

@@ -11,7 +11,7 @@ from marrow.kernels.tile import tl
 
 def row_options(columns: int) -> dict[str, int]:
     """Return BLOCK and num_warps for programs that walk a row."""
-    block = max(128, min(4096, 1 << (columns - 1).bit_length()))
+    block = max(128, min(2048, 1 << (columns - 1).bit_length()))
     return {"BLOCK": block, "num_warps": max(1, block // 256)}  # 8 elements a thread: more would spill
 
 

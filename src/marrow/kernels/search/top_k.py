@@ -143,7 +143,9 @@ def _search(  # type: ignore[no-untyped-def]
                 )
                 mask = inside[None, :] & (c[:, None] < columns)
                 v = tl.load(vectors + row[None, :] * columns + c[:, None], mask=mask, other=0.0)
-                found = tl.dot(q.to(tl.float32), v.to(tl.float32), found, input_precision="ieee")
+                if q.dtype != v.dtype:
+                    q, v = q.to(tl.float32), v.to(tl.float32)
+                found = tl.dot(q, v, found, input_precision="ieee")
         found = tl.where(inside[None, :] & (found == found), found, -float("inf"))
         top = tl.max(found, 1)
         worst = tl.min(best, 1)
@@ -174,7 +176,7 @@ def forward_triton(
     (num_queries, columns), device = queries_QC.shape, vectors_NC.device
     num_rows = len(vectors_NC) if rows_M is None else len(rows_M)
     block_k = max(2, 1 << (k - 1).bit_length())
-    options = _options(num_queries, columns)
+    options = _options(num_queries, columns, vectors_NC.dtype)
     query_blocks = -(-num_queries // options["BLOCK_Q"])
     programs = -(-8 * tile.multiprocessors(device) // max(1, query_blocks))
     split_rows = max(1, -(-num_rows // (programs * options["BLOCK_N"]))) * options["BLOCK_N"]
@@ -188,14 +190,17 @@ def forward_triton(
     return _sorted(scores_SQK[..., :k], rows_SQK[..., :k], k)
 
 
-def _options(num_queries: int, columns: int) -> dict[str, int]:
+def _options(num_queries: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
     """Return tile sizes: one query reads whole rows; several share what was read."""
     if num_queries == 1:
         block_c = min(256, max(16, 1 << (columns - 1).bit_length()))
         default = {"BLOCK_Q": 1, "BLOCK_N": 32, "BLOCK_C": block_c, "num_warps": 4, "num_stages": 2}
-        return tile.config("top_k", "one query", default)
-    default = {"BLOCK_Q": 16, "BLOCK_N": 64, "BLOCK_C": 32, "num_warps": 4, "num_stages": 3}
-    return tile.config("top_k", "many queries", default)
+        others = ({"BLOCK_N": 16}, {"BLOCK_N": 64, "num_warps": 8}, {"BLOCK_N": 16, "num_warps": 2})
+        return tile.config("top_k", "one query", default, others)
+    rows, warps = (32, 4) if dtype == torch.float32 else (64, 8)  # others spill registers
+    default = {"BLOCK_Q": 16, "BLOCK_N": rows, "BLOCK_C": 64, "num_warps": warps, "num_stages": 3}
+    others = ({"BLOCK_N": 128, "num_warps": 8}, {"BLOCK_C": 32}, {"num_stages": 4})
+    return tile.config("top_k", f"many queries {dtype.itemsize}", default, others)
 
 
 def _sorted(scores_SQK: Tensor, rows_SQK: Tensor, k: int) -> tuple[Tensor, Tensor]:
