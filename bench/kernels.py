@@ -55,8 +55,8 @@ def main() -> None:
     rows: dict[str, Any] = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else {}
     print(f"{'':44}{'ours':>10}  peer over ours: median, quartiles")
     for name, make in wanted.items():
+        row = make()  # tensors that can have gradients: not in inference mode
         with torch.inference_mode():
-            row = make()
             rows[name] = measure(row, options.seconds)
             row.close()
         describe(name, rows[name])

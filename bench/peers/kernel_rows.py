@@ -173,6 +173,38 @@ def int8_row(rows: int) -> Row:
     )
 
 
+# Attention
+
+
+def attention_row(is_backward: bool) -> Row:
+    """Packed rows in training: 4 x 512 tokens, 3 heads of 64; SDPA with its own causal mask."""
+    from marrow.kernels.attention.attention import attention, pack
+
+    rows, row_tokens, heads, size = 4, 512, 3, 64
+    tokens = rows * row_tokens
+    packing = pack(torch.arange(tokens) // row_tokens, row_tokens)
+    leaves = [normal(tokens, heads, size, scale=1 + side / 8).requires_grad_() for side in range(3)]
+    gradient = normal(tokens, heads, size)
+
+    def theirs() -> Tensor:
+        q, k, v = (x.view(rows, row_tokens, heads, size).transpose(1, 2) for x in leaves)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(0, 1)
+
+    def ours() -> Tensor:
+        return attention(*leaves, packing)
+
+    def both(forward: Callable[[], Tensor]) -> Work:
+        def work() -> Any:
+            with torch.inference_mode(False), torch.enable_grad():
+                return torch.autograd.grad(forward(), leaves, gradient)
+
+        return work
+
+    if is_backward:
+        return Row(both(ours), {"SDPA": both(theirs)})
+    return Row(ours, {"SDPA": theirs})
+
+
 # Attention over paged caches
 
 
@@ -368,6 +400,8 @@ def malloc_row(compiled: bool) -> Row:
 ROWS: dict[str, Callable[[], Row]] = {
     "add + RMSNorm bf16 8192x4096": add_rms_norm_row,
     "SwiGLU bf16 4096x11008": swiglu_row,
+    "attention forward bf16 4 x 512, 3 of 64": lambda: attention_row(False),
+    "attention forward + backward, the same": lambda: attention_row(True),
     "malloc thresholds, eager add + RMSNorm": lambda: malloc_row(False),
     "malloc thresholds, compiled add + RMSNorm": lambda: malloc_row(True),
     "paged decode 8 x 4096, 32/8 heads of 128": paged_row,

@@ -9,13 +9,16 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-import triton
-import triton_cases
 from hypothesis import settings
 from hypothesis import strategies as st
 
 from marrow.core.errors import UsageError
-from marrow.kernels import interpreter, tile
+from marrow.kernels import tile
+
+triton = pytest.importorskip("triton")
+import triton_cases  # noqa: E402 (needs triton)
+
+from marrow.kernels import interpreter  # noqa: E402 (needs triton)
 
 SUPPORT = Path(__file__).parents[1] / "support"
 

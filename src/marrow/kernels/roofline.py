@@ -2,7 +2,8 @@
 
 Each operator runs at its own examples, by every path that is usable here. Its cost model gives bytes and
 FLOPs; the measured copy bandwidth and GEMM peak give the two roofs, and the one that it is nearer to is its
-bound. More than 100 % of the memory roof means that data stayed in cache.
+bound. More than 100 % of the memory roof means that data stayed in cache, or was only read; more than 100 %
+of the compute roof, that arithmetic is in 8 bits.
 
 Source: Williams, Waterman and Patterson 2009.
 """

@@ -44,8 +44,8 @@ if IS_WANTED:
         triton = importlib.import_module("triton")
         tl = importlib.import_module("triton.language")
     except ImportError:
-        IS_WANTED = False
-if IS_INTERPRETED and triton is not None:
+        IS_WANTED = IS_INTERPRETED = False
+if IS_INTERPRETED:
     from marrow.kernels import interpreter  # here: it needs Triton
 
     interpreter.mend()

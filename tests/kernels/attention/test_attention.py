@@ -59,14 +59,15 @@ def plain_torch(given, dtype):
 
 
 def check(path, given, dtype):
-    # Backward finds p again as exp(s - lse): two ulps of the largest score are an error of p. And
-    # p (dp - delta) cancels where a query sees few keys: dp is a sum of D products with a gradient that is 4 at most, and
-    # delta, the sum of o do, has the error of a rounded o.
+    # Backward finds p again as exp(s - lse): an ulp of the largest score is an error of p, the same for all
+    # that a query adds, and the heads of a group add up. And p (dp - delta) cancels where a query sees few
+    # keys: dp is a sum of D products with a gradient that is 4 at most, and delta has the error of o.
     q, k, v = given[:3]
-    heads = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    score = max(1.0, float(torch.einsum("nhd,mhd->hnm", q, heads).abs().max()) * q.shape[-1] ** -0.5)
+    group = q.shape[1] // k.shape[1]
+    scores = torch.einsum("nhd,mhd->hnm", q, k.repeat_interleave(group, 1))
+    score = max(1.0, float(scores.abs().max()) * q.shape[-1] ** -0.5)
     term = score * float(v.norm(dim=-1).max()) * 4 * q.shape[-1] ** -0.5
-    terms = (0.0, term * float(k.abs().max()), term * float(q.abs().max()), 4 * 2 * score)
+    terms = (0.0, term * float(k.abs().max()), group * term * float(q.abs().max()), group * score * 4)
     if dtype != torch.float32:
         terms = (0.0, *(float(v.abs().max() * x.abs().max()) for x in (k, q)))
     check_budget(OPERATOR, path, given, dtype, plain=plain_torch, terms=terms)

@@ -145,6 +145,8 @@ def test_what_does_not_fit_is_refused():
         adamw([x], [x], [x.bfloat16()], [x], lr=0.1, step=1)
     with pytest.raises(ValueError, match="dtype"):
         adamw([x, x.bfloat16()], [x, x], [x, x], [x, x], lr=0.1, step=1)
+    with pytest.raises(ValueError, match="copy"):
+        adamw([x], [x], [x], [x], lr=0.1, step=1, copies=[y])
     with pytest.raises(ValueError, match="step"):
         adamw([x], [x], [x], [x], lr=0.1, step=0)
 

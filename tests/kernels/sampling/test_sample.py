@@ -72,7 +72,7 @@ def check_like_the_sort(path, seed, largest=3000):
     assert torch.equal(logits, before)
 
 
-# A value within 1e-7 of a filter's edge could fall on the other side in fp32; seeds are fixed: never or always.
+# A value within 1e-7 of a filter's edge could fall on the other side in fp32; seeds are fixed.
 @pytest.mark.parametrize("seed", range(150))
 def test_what_is_kept_and_drawn_is_what_a_sort_keeps_and_draws(seed):
     for path in FAST:
@@ -125,7 +125,7 @@ def chi_square(counts_V: torch.Tensor, expected_V: torch.Tensor) -> float:
     ],
 )
 def test_draws_follow_the_distribution(path, draw):
-    """A right sampler fails one of these 12 fixed runs with probability below 1e-4 (6 sigma of chi-square)."""
+    """A right sampler fails one of these 12 fixed runs with probability below 1e-4 (6 sigma)."""
     logits_V = torch.randn(12, generator=torch.Generator().manual_seed(1)) * 1.5
     count = 20_000
     packed = Draws.of([draw] * count)

@@ -34,21 +34,29 @@ def _bend(scores, scale, softcap, SOFTCAP: tl.constexpr):  # type: ignore[no-unt
 
 
 @tile.jit
-def _rows(start, stride, at, tokens, SIZE: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Load rows of a head: [BLOCK, WIDTH], zeros outside."""
-    across = tl.arange(0, WIDTH)
-    places = start + at[:, None].to(tl.int64) * stride + across[None, :]
-    if SIZE == WIDTH:
-        return tl.load(places, mask=at[:, None] < tokens, other=0.0)
-    return tl.load(places, mask=(at[:, None] < tokens) & (across[None, :] < SIZE), other=0.0)
+def _rows(  # type: ignore[no-untyped-def]
+    start, stride, first, tokens, BLOCK: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+):
+    """Load BLOCK rows of a head from row `first`: [BLOCK, WIDTH], zeros outside.
+
+    One wide offset for all and narrow ones within the block: half of the registers of wide ones.
+    """
+    at, across = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    begin = start + tl.full([], first, tl.int64) * stride
+    inside = at[:, None] < tokens - first
+    if SIZE != WIDTH:
+        inside = inside & (across[None, :] < SIZE)
+    return tl.load(begin + (at[:, None] * stride + across[None, :]), mask=inside, other=0.0)
 
 
 @tile.jit
-def _store(start, stride, at, tokens, x, SIZE: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    across = tl.arange(0, WIDTH)
-    places = start + at[:, None].to(tl.int64) * stride + across[None, :]
-    inside = (at[:, None] < tokens) & (across[None, :] < SIZE)
-    tl.store(places, x.to(start.dtype.element_ty), mask=inside)
+def _store(  # type: ignore[no-untyped-def]
+    start, stride, first, tokens, x, BLOCK: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+):
+    at, across = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    begin = start + tl.full([], first, tl.int64) * stride
+    inside = (at[:, None] < tokens - first) & (across[None, :] < SIZE)
+    tl.store(begin + (at[:, None] * stride + across[None, :]), x.to(start.dtype.element_ty), mask=inside)
 
 
 @tile.jit
@@ -60,7 +68,7 @@ def _attend(  # type: ignore[no-untyped-def]
     """Carry o, the largest scores and the sums on over the keys from `begin` to `end`."""
     for first in range(begin, end, BLOCK_N):
         at_N = first + tl.arange(0, BLOCK_N)
-        keys = _rows(k, stride, at_N, tokens, SIZE, WIDTH)
+        keys = _rows(k, stride, first, tokens, BLOCK_N, SIZE, WIDTH)
         scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
         scores, _ = _bend(scores, scale, softcap, SOFTCAP)
         if MASKED:
@@ -70,7 +78,7 @@ def _attend(  # type: ignore[no-untyped-def]
         shrink = tl.exp2(most - top)
         p = tl.exp2(scores - top[:, None])
         total = total * shrink + tl.sum(p, 1)
-        values = _rows(v, stride, at_N, tokens, SIZE, WIDTH)
+        values = _rows(v, stride, first, tokens, BLOCK_N, SIZE, WIDTH)
         o = tl.dot(p.to(values.dtype), values, o * shrink[:, None], input_precision=PRECISION)
         most = top
     return o, most, total
@@ -94,7 +102,7 @@ def _forward(  # type: ignore[no-untyped-def]
     diagonal = tl.maximum(start // BLOCK_N * BLOCK_N, begin)
     full = tl.minimum(full, diagonal)
     stride, kv_stride = heads * SIZE, kv_heads * SIZE
-    queries = _rows(q + head * SIZE, stride, at_M, tokens, SIZE, WIDTH)
+    queries = _rows(q + head * SIZE, stride, start, tokens, BLOCK_M, SIZE, WIDTH)
     k += head // (heads // kv_heads) * SIZE
     v += head // (heads // kv_heads) * SIZE
     sums = tl.zeros([BLOCK_M, WIDTH], tl.float32)
@@ -112,7 +120,7 @@ def _forward(  # type: ignore[no-untyped-def]
         queries, k, v, diagonal, end, at_M, low_M, sums, most, total, kv_stride, tokens, scale, softcap,
         True, SOFTCAP, SIZE, WIDTH, BLOCK_N, PRECISION,
     )
-    _store(o + head * SIZE, stride, at_M, tokens, sums / total[:, None], SIZE, WIDTH)
+    _store(o + head * SIZE, stride, start, tokens, sums / total[:, None], BLOCK_M, SIZE, WIDTH)
     place = head.to(tl.int64) * tokens + at_M
     tl.store(lse + place, (most + tl.log2(total)) / LOG2E, mask=at_M < tokens)
 
@@ -120,9 +128,10 @@ def _forward(  # type: ignore[no-untyped-def]
 @tile.jit
 def _delta(do, o, delta, tokens, heads, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr):  # type: ignore[no-untyped-def]
     """Sum do times o for each query."""
-    head, at_M = tl.program_id(0), tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    left = _rows(do + head * SIZE, heads * SIZE, at_M, tokens, SIZE, WIDTH).to(tl.float32)
-    right = _rows(o + head * SIZE, heads * SIZE, at_M, tokens, SIZE, WIDTH).to(tl.float32)
+    head, start = tl.program_id(0), tl.program_id(1) * BLOCK_M
+    at_M = start + tl.arange(0, BLOCK_M)
+    left = _rows(do + head * SIZE, heads * SIZE, start, tokens, BLOCK_M, SIZE, WIDTH).to(tl.float32)
+    right = _rows(o + head * SIZE, heads * SIZE, start, tokens, BLOCK_M, SIZE, WIDTH).to(tl.float32)
     place = head.to(tl.int64) * tokens + at_M
     tl.store(delta + place, tl.sum(left * right, 1), mask=at_M < tokens)
 
@@ -137,7 +146,7 @@ def _collect_keys(  # type: ignore[no-untyped-def]
     for start in range(begin, end, BLOCK_M):
         at_M = start + tl.arange(0, BLOCK_M)
         inside = at_M < tokens
-        queries = _rows(q, stride, at_M, tokens, SIZE, WIDTH)
+        queries = _rows(q, stride, start, tokens, BLOCK_M, SIZE, WIDTH)
         scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
         scores, slope = _bend(scores, scale, softcap, SOFTCAP)
         shift = tl.load(lse + at_M, mask=inside, other=0.0) * LOG2E
@@ -146,7 +155,7 @@ def _collect_keys(  # type: ignore[no-untyped-def]
             firsts = tl.load(first + at_M, mask=inside, other=0x7FFFFFFF)
             low_M = tl.maximum(firsts, at_M - window + 1)
             p = tl.where((at_N[:, None] >= low_M[None, :]) & (at_N[:, None] <= at_M[None, :]), p, 0.0)
-        grads = _rows(do, stride, at_M, tokens, SIZE, WIDTH)
+        grads = _rows(do, stride, start, tokens, BLOCK_M, SIZE, WIDTH)
         dv = tl.dot(p.to(grads.dtype), grads, dv, input_precision=PRECISION)
         dp = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
         ds = p * (dp - tl.load(delta + at_M, mask=inside, other=0.0)[None, :]) * slope
@@ -172,8 +181,8 @@ def _backward_keys(  # type: ignore[no-untyped-def]
     full = tl.minimum(full, end)
     until = tl.maximum(tl.minimum(until, end), full)
     stride, kv_stride, group = heads * SIZE, kv_heads * SIZE, heads // kv_heads
-    keys = _rows(k + head * SIZE, kv_stride, at_N, tokens, SIZE, WIDTH)
-    values = _rows(v + head * SIZE, kv_stride, at_N, tokens, SIZE, WIDTH)
+    keys = _rows(k + head * SIZE, kv_stride, start, tokens, BLOCK_N, SIZE, WIDTH)
+    values = _rows(v + head * SIZE, kv_stride, start, tokens, BLOCK_N, SIZE, WIDTH)
     k_sums = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     v_sums = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     for number in range(group):
@@ -192,8 +201,8 @@ def _backward_keys(  # type: ignore[no-untyped-def]
             keys, values, from_q, from_do, from_lse, from_delta, first, until, end, at_N, k_sums, v_sums,
             stride, tokens, window, scale, softcap, True, SOFTCAP, SIZE, WIDTH, BLOCK_M, PRECISION,
         )
-    _store(dk + head * SIZE, kv_stride, at_N, tokens, k_sums * scale, SIZE, WIDTH)
-    _store(dv + head * SIZE, kv_stride, at_N, tokens, v_sums, SIZE, WIDTH)
+    _store(dk + head * SIZE, kv_stride, start, tokens, k_sums * scale, BLOCK_N, SIZE, WIDTH)
+    _store(dv + head * SIZE, kv_stride, start, tokens, v_sums, BLOCK_N, SIZE, WIDTH)
 
 
 @tile.jit
@@ -205,13 +214,13 @@ def _collect_queries(  # type: ignore[no-untyped-def]
     """Add what the keys from `begin` to `end` give."""
     for start in range(begin, end, BLOCK_N):
         at_N = start + tl.arange(0, BLOCK_N)
-        keys = _rows(k, stride, at_N, tokens, SIZE, WIDTH)
+        keys = _rows(k, stride, start, tokens, BLOCK_N, SIZE, WIDTH)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         scores, slope = _bend(scores, scale, softcap, SOFTCAP)
         p = tl.exp2(scores - shift[:, None])
         if MASKED:
             p = tl.where((at_N[None, :] >= low_M[:, None]) & (at_N[None, :] <= at_M[:, None]), p, 0.0)
-        values = _rows(v, stride, at_N, tokens, SIZE, WIDTH)
+        values = _rows(v, stride, start, tokens, BLOCK_N, SIZE, WIDTH)
         dp = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
         ds = p * (dp - delta[:, None]) * slope
         dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
@@ -236,8 +245,8 @@ def _backward_queries(  # type: ignore[no-untyped-def]
     diagonal = tl.maximum(start // BLOCK_N * BLOCK_N, begin)
     full = tl.minimum(full, diagonal)
     stride, kv_stride = heads * SIZE, kv_heads * SIZE
-    queries = _rows(q + head * SIZE, stride, at_M, tokens, SIZE, WIDTH)
-    grads = _rows(do + head * SIZE, stride, at_M, tokens, SIZE, WIDTH)
+    queries = _rows(q + head * SIZE, stride, start, tokens, BLOCK_M, SIZE, WIDTH)
+    grads = _rows(do + head * SIZE, stride, start, tokens, BLOCK_M, SIZE, WIDTH)
     place = head.to(tl.int64) * tokens + at_M
     shift = tl.load(lse + place, mask=inside, other=0.0) * LOG2E
     deltas = tl.load(delta + place, mask=inside, other=0.0)
@@ -256,7 +265,7 @@ def _backward_queries(  # type: ignore[no-untyped-def]
         queries, grads, shift, deltas, k, v, diagonal, end, at_M, low_M, sums, kv_stride, tokens, scale,
         softcap, True, SOFTCAP, SIZE, WIDTH, BLOCK_N, PRECISION,
     )
-    _store(dq + head * SIZE, stride, at_M, tokens, sums * scale, SIZE, WIDTH)
+    _store(dq + head * SIZE, stride, start, tokens, sums * scale, BLOCK_M, SIZE, WIDTH)
 # fmt: on
 
 

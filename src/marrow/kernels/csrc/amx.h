@@ -98,20 +98,25 @@ INLINE few_bytes load_few(const void *from) {
 
 INLINE lanes load_small(const uint8_t *from) { return to_float(widen_bytes(load_few(from))); }
 
-/* 16 vectors of 16 numbers: the off-diagonal halves change places, then those of each quarter, and so on. */
-INLINE void transpose(lanes_i32 *rows) {
-#pragma GCC unroll 4
-    for (int half = 8; half > 0; half /= 2)
+/* Rows whose number lacks `half` (a constant) give their other half to those that have it, and take theirs. */
+INLINE void exchange(lanes_i32 *rows, const int half) {
+    lanes_i32 upper, lower;
+    for (int j = 0; j < LANES; j++) upper[j] = j & half ? 16 + (j ^ half) : j;
+    for (int j = 0; j < LANES; j++) lower[j] = j & half ? 16 + j : j ^ half;
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) {
-            if (i & half) continue;
-            lanes_i32 upper, lower;
-            for (int j = 0; j < 16; j++) upper[j] = j & half ? 16 + (j ^ half) : j;
-            for (int j = 0; j < 16; j++) lower[j] = j & half ? 16 + j : j ^ half;
-            lanes_i32 a = rows[i], b = rows[i + half];
-            rows[i] = __builtin_shuffle(a, b, upper);
-            rows[i + half] = __builtin_shuffle(a, b, lower);
-        }
+    for (int i = 0; i < 16; i++) {
+        if (i & half) continue;
+        lanes_i32 a = rows[i], b = rows[i + half];
+        rows[i] = __builtin_shuffle(a, b, upper);
+        rows[i + half] = __builtin_shuffle(a, b, lower);
+    }
+}
+
+INLINE void transpose(lanes_i32 *rows) {
+    exchange(rows, 8);
+    exchange(rows, 4);
+    exchange(rows, 2);
+    exchange(rows, 1);
 }
 
 #if HAS_AMX

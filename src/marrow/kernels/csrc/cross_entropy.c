@@ -54,7 +54,8 @@ INLINE void gradient(const cross_entropy *given, long row, float grad, float lse
 #define TYPED(call, ...) ((type) == BF16 ? call(__VA_ARGS__, BF16) : call(__VA_ARGS__, F32))
 
 void cross_entropy_forward(const void *logits, const int64_t *targets, float *losses, float *lses,
-                           float *mosts, float *rests, long rows, long columns, float smoothing, float z, int threads, int type) {
+                           float *mosts, float *rests, long rows, long columns, float smoothing,
+                           float z, int threads, int type) {
     cross_entropy given = {logits, targets, losses, lses, mosts, rests, columns, smoothing, z};
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long row = 0; row < rows; row++) TYPED(loss_of, &given, row);
@@ -70,7 +71,8 @@ void cross_entropy_backward(const float *grads, const float *lse_grads, const vo
 
 /* Losses, and the logits become the gradient of their sum. */
 void cross_entropy_in_place(void *logits, const int64_t *targets, float *losses, float *lses,
-                            float *mosts, float *rests, long rows, long columns, float smoothing, float z, int threads, int type) {
+                            float *mosts, float *rests, long rows, long columns, float smoothing,
+                            float z, int threads, int type) {
     cross_entropy given = {logits, targets, losses, lses, mosts, rests, columns, smoothing, z};
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long row = 0; row < rows; row++) {

@@ -158,7 +158,8 @@ static threshold select_head(const float *values, const float *masses, long coun
         if (shift == 0) { /* all in the bin are equal */
             threshold found = {value_of(top), wanted - num_above, above};
             if (masses) {
-                double each = sums[bin] / counts[bin], ties = each > 0 ? ceil((mass - above) / each) : counts[bin];
+                double each = sums[bin] / counts[bin], ties = counts[bin];
+                if (each > 0) ties = ceil((mass - above) / each);
                 found.ties = ties < 1 ? 1 : ties > counts[bin] ? counts[bin] : (long)ties;
                 found.mass = above + found.ties * each;
             }
@@ -255,8 +256,8 @@ INLINE int is_penalised(const float *factors, long count) {
 }
 
 /* Take from the row what the tokens of its history cost; returns the row to draw from, fp32. */
-INLINE const void *penalise(const void *x, long columns, const float *factors, const int64_t *history, long count,
-                            long drawn, scratch *own, int type) {
+INLINE const void *penalise(const void *x, long columns, const float *factors, const int64_t *history,
+                            long count, long drawn, scratch *own, int type) {
     for (long at = 0; at < columns; at += LANES) store(own->own, at, values_at(x, at, columns, type), F32);
     enum { SEEN = 1 << 30 };
     for (long i = 0; i < count; i++)
@@ -311,7 +312,8 @@ INLINE long collect(const void *x, long columns, const float *factors, const int
     }
     float inverse = inverse_of(temperature);
     double cut = min_p > 0 ? most + (double)temperature * log(min_p) : (double)NONE, mass = 0;
-    if (top_k == columns && top_p < 1) { /* what has less than its share of the rest of the mass is beyond top-p */
+    if (top_k == columns && top_p < 1) {
+        /* what has less than its share of the rest of the mass is beyond top-p */
         invert_row(x, columns, most, inverse, 0, own, &mass, type);
         double share = (1.0 - top_p) * mass / columns;
         least = top_p > 0 ? (float)(most + temperature * (log(share) - 1e-3)) : most;
@@ -346,8 +348,8 @@ INLINE long collect(const void *x, long columns, const float *factors, const int
 }
 
 /* Returns the token, -1 for a row that cannot be drawn from, and among how many it was drawn. */
-INLINE long draw(const void *x, long columns, const float *factors, const int64_t *keys, scratch *own, long *kept,
-                 int type) {
+INLINE long draw(const void *x, long columns, const float *factors, const int64_t *keys, scratch *own,
+                 long *kept, int type) {
     double u = uniform((uint64_t)keys[SEED], (uint64_t)keys[POSITION]), mass;
     if (is_filtered(columns, factors, keys)) {
         *kept = collect(x, columns, factors, keys, own, type);

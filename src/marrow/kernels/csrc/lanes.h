@@ -161,8 +161,10 @@ INLINE void store_pair(void *to, long at, long count, pair x, int type, int is_s
     store(to, at + LANES, x.high, type);
 }
 
-/* Whether rows of a result are streamed: more bytes than the caches near a core hold, which nobody finds there
- * later, and rows of whole lines. It saves reading each line before it is overwritten. */
+/* Whether rows of a result are streamed: more bytes than caches hold, which nobody would find there later, and
+ * rows of whole lines. It saves reading each line before it is overwritten.
+ * PERF: one core, bf16: SwiGLU 4096 x 11008 takes 0.80x of the time, backward with it 0.72x, add_rms_norm of
+ * 8192 x 4096 0.79x. Where the result fits a cache, it and the operator that reads it next take 1.6x. */
 INLINE int streamed(const void *to, long rows, long columns, int type) {
     long row_bytes = columns * (type == BF16 ? 2 : 4);
     return rows * row_bytes > STREAMED_BYTES && row_bytes % 64 == 0 && (uintptr_t)to % 64 == 0;
@@ -189,9 +191,13 @@ INLINE lanes blend(lanes_i32 mask, lanes yes, lanes no) {
 INLINE lanes larger(lanes a, lanes b) { return blend((lanes_i32)(a > b), a, b); }
 
 INLINE float sum_of(lanes x) {
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += x[i];
-    return sum;
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)x); /* PERF: one by one, rms_norm of rows of 192 takes 1.1x */
+#else
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) x[i] += x[i + width];
+    return x[0];
+#endif
 }
 
 INLINE float largest_of(lanes x) {

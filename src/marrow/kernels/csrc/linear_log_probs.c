@@ -48,8 +48,8 @@ INLINE void backward(const log_probs *given, long row, float grad, float entropy
         b = -entropy_grad * scale;
         a += b * given->entropies[row];
     }
-    row_gradient(x, x, given->columns, scale, sums, is_whole ? a : __builtin_nanf(""), b, 0, target, grad * scale,
-                 type);
+    if (!is_whole) a = __builtin_nanf("");
+    row_gradient(x, x, given->columns, scale, sums, a, b, 0, target, grad * scale, type);
 }
 
 void log_probs_forward(void *logits, const int64_t *targets, float *out, float *mosts, float *rests,

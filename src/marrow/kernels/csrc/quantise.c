@@ -83,12 +83,10 @@ INLINE lanes code(lanes x, choice c, int format, lanes_u32 *bits) {
 
 /* The largest of 16, by halves; NaN is passed over. */
 INLINE float top_of(lanes x) {
-#pragma GCC unroll 4
-    for (int half = 8; half > 0; half /= 2) {
-        lanes_i32 turned;
-        for (int i = 0; i < LANES; i++) turned[i] = i ^ half;
-        x = larger(__builtin_shuffle(x, turned), x);
-    }
+    x = larger(__builtin_shuffle(x, (lanes_i32){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}), x);
+    x = larger(__builtin_shuffle(x, (lanes_i32){4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3}), x);
+    x = larger(__builtin_shuffle(x, (lanes_i32){2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1}), x);
+    x = larger(__builtin_shuffle(x, (lanes_i32){1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0}), x);
     return x[0];
 }
 

@@ -15,7 +15,8 @@ INLINE void list_top(const void *x, long columns, long wanted, float lse_most, f
         float value = own->values[i];
         if (kept == wanted && !(value > own->work[kept - 1])) continue;
         long at = kept < wanted ? kept++ : kept - 1;
-        for (; at > 0 && value > own->work[at - 1]; at--) own->work[at] = own->work[at - 1], tokens[at] = tokens[at - 1];
+        for (; at > 0 && value > own->work[at - 1]; at--)
+            own->work[at] = own->work[at - 1], tokens[at] = tokens[at - 1];
         own->work[at] = value, tokens[at] = own->places[i];
     }
     for (long i = 0; i < kept; i++) log_probs[i] = (own->work[i] - lse_most) - lse_rest;
@@ -64,8 +65,8 @@ void sample(const void *logits, const float *factors, const int64_t *keys, const
             const int64_t *starts, int64_t *tokens, float *log_probs, int64_t *kept, int64_t *top_tokens,
             float *top_log_probs, float *memory, int32_t *counts, long rows, long columns, long num_top,
             long stride, int threads, int type) {
-    sampling given = {logits, factors, keys, history, starts, tokens, kept, top_tokens, log_probs, top_log_probs,
-                      columns, num_top};
+    sampling given = {logits, factors,    keys,      history,       starts,  tokens,
+                      kept,   top_tokens, log_probs, top_log_probs, columns, num_top};
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (long row = 0; row < rows; row++) {
         int thread = 0;

@@ -66,9 +66,10 @@ INLINE void verify(const verification *given, long sequence, scratch *own, int t
 
 void verify_draft(const void *logits, const int64_t *drafts, const int64_t *begins, const float *probs,
                   const float *factors, const int64_t *keys, const int64_t *history, const int64_t *starts,
-                  int64_t *accepted, int64_t *tokens, float *memory, int32_t *counts, long sequences, long columns,
-                  long stride, int threads, int type) {
-    verification given = {logits, drafts, begins, keys, history, starts, probs, factors, accepted, tokens, columns};
+                  int64_t *accepted, int64_t *tokens, float *memory, int32_t *counts, long sequences,
+                  long columns, long stride, int threads, int type) {
+    verification given = {logits, drafts,  begins,   keys,   history, starts,
+                          probs,  factors, accepted, tokens, columns};
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (long sequence = 0; sequence < sequences; sequence++) {
         int thread = 0;

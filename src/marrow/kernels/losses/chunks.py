@@ -10,10 +10,12 @@ from torch import Tensor
 
 # Logits in memory at once. CPU: 8 MiB of bf16. CUDA: 512 MiB of bf16, 2048 rows of a vocabulary of 128k:
 # each chunk reads the whole head three times and its gradient twice, which 2048 rows of FLOPs outweigh.
-# PERF: CPU, loss and gradients, bf16, one core, against 2^22: 8192 rows, C 256, V 4096: 2^18 2.4,
-# 2^20 1.15, 2^21 1.03, 2^23 1.03; 2048 rows, C 512, V 32768: 2^20 3.0, 2^21 1.7, 2^23 0.75.
 CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
-MIN_ROWS = 256  # fewer make a matrix product that is bound by memory
+# Fewer rows make matrix products, and sums of the head's gradient, that are bound by memory.
+# PERF: CPU, loss and gradients, bf16, one core. 8192 rows, C 256, V 4096, time against chunks of 2^22: 2^18
+# 2.4, 2^20 1.15, 2^21 1.03, 2^23 1.03. 2048 rows, C 512, V 32768, time against 512 rows: 128 1.8, 256 1.4,
+# 1024 0.9; C 192, V 50304: 128 1.8, 256 1.25, 1024 1.1.
+MIN_ROWS = 512
 _ROWS_STEP = 128  # whole tiles of a matrix product
 
 

