@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from operator_checks import check_budget, check_node, rounded, run, usable
 from thread_counts import one_and_two
 
-from marrow.kernels.activations.geglu import OPERATOR, backward_triton, forward_triton, geglu
+from marrow.kernels.activations.geglu import (
+    OPERATOR,
+    backward_cpu,
+    backward_triton,
+    forward_cpu,
+    forward_triton,
+    geglu,
+)
 from marrow.kernels.memory import meta, phantom
 
 PATHS = usable(OPERATOR)
@@ -90,6 +97,15 @@ def test_views_and_empty_inputs_work(path):
     view = x.view(2, 6, 26)[:, ::2]
     assert torch.equal(OPERATOR.run(path, view, True), OPERATOR.run(path, view.contiguous(), True))
     assert OPERATOR.run(path, x[:0], False).shape == (0, 13)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_result_too_large_for_caches_is_that_of_its_rows(dtype):
+    """C writes it past the caches."""
+    x, dy = torch.randn(4160, 8192).to(dtype), torch.randn(4160, 4096).to(dtype)
+    assert torch.equal(forward_cpu(x, True)[::64], forward_cpu(x[::64], True))
+    assert torch.equal(backward_cpu(dy, x, True)[::64], backward_cpu(dy[::64], x[::64], True))
 
 
 def test_threads_change_nothing():

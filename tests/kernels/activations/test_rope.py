@@ -10,7 +10,14 @@ from thread_counts import one_and_two
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from marrow.kernels.activations.rope import OPERATOR, backward_triton, forward_triton, rope, rope_angles
+from marrow.kernels.activations.rope import (
+    OPERATOR,
+    backward_triton,
+    forward_cpu,
+    forward_triton,
+    rope,
+    rope_angles,
+)
 from marrow.kernels.activations.rope_frequencies import RopeScaling
 from marrow.kernels.memory import meta, phantom
 
@@ -110,6 +117,15 @@ def test_a_gradient_may_be_a_slice(path):
     (grad,) = torch.autograd.grad(OPERATOR.run(path, leaf, *angles), leaf, wide[:, :5])
     (expected,) = torch.autograd.grad(OPERATOR.run("reference", leaf, *angles), leaf, wide[:, :5])
     torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_result_too_large_for_caches_is_that_of_its_tokens():
+    """C writes it past the caches."""
+    x = torch.randn(4160, 64, 128).bfloat16()
+    angles = rope_angles(torch.arange(4160), 128, 1e4, torch.bfloat16)
+    few = [angle[::64] for angle in angles]
+    assert torch.equal(forward_cpu(x, *angles)[::64], forward_cpu(x[::64], *few))
 
 
 def test_threads_change_nothing():

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from operator_checks import check_budget, check_node, rounded, run, usable
 from thread_counts import one_and_two
 
-from marrow.kernels.activations.softcap import OPERATOR, backward_triton, forward_triton, softcap
+from marrow.kernels.activations.softcap import (
+    OPERATOR,
+    backward_cpu,
+    backward_triton,
+    forward_cpu,
+    forward_triton,
+    softcap,
+)
 from marrow.kernels.memory import meta, phantom
 
 PATHS = usable(OPERATOR)
@@ -59,6 +66,14 @@ def test_views_and_empty_inputs_work(path):
     x = rounded(12, 26, seed=2).float()
     assert torch.equal(OPERATOR.run(path, x.T, 2.0), OPERATOR.run(path, x, 2.0).T)
     assert OPERATOR.run(path, x[:0], 2.0).shape == (0, 26)
+
+
+@pytest.mark.slow
+def test_a_result_too_large_for_caches_is_that_of_its_parts():
+    """C writes it past the caches."""
+    x, dy = (torch.randn(4160, 4096).bfloat16() for _ in range(2))
+    assert torch.equal(forward_cpu(x, 2.0)[::64], forward_cpu(x[::64], 2.0))
+    assert torch.equal(backward_cpu(dy, x, 2.0)[::64], backward_cpu(dy[::64], x[::64], 2.0))
 
 
 def test_threads_change_nothing():

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from operator_checks import check_budget, check_node, rounded, run, usable
 from thread_counts import one_and_two
 
-from marrow.kernels.activations.swiglu import OPERATOR, backward_triton, forward_triton, swiglu
+from marrow.kernels.activations.swiglu import (
+    OPERATOR,
+    backward_cpu,
+    backward_triton,
+    forward_cpu,
+    forward_triton,
+    swiglu,
+)
 from marrow.kernels.memory import meta, phantom
 
 PATHS = usable(OPERATOR)
@@ -76,6 +83,15 @@ def test_views_leading_axes_and_empty_inputs_work(path):
     )
     assert OPERATOR.run(path, x[:0]).shape == (0, 13)
     assert OPERATOR.run(path, x[:, :0]).shape == (12, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_result_too_large_for_caches_is_that_of_its_rows(dtype):
+    """C writes it past the caches."""
+    x, dy = torch.randn(4160, 8192).to(dtype), torch.randn(4160, 4096).to(dtype)
+    assert torch.equal(forward_cpu(x)[::64], forward_cpu(x[::64]))
+    assert torch.equal(backward_cpu(dy, x)[::64], backward_cpu(dy[::64], x[::64]))
 
 
 def test_threads_change_nothing():

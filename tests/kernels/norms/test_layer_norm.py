@@ -11,7 +11,14 @@ from thread_counts import one_and_two
 
 from marrow.kernels import tile
 from marrow.kernels.memory import meta, phantom
-from marrow.kernels.norms.layer_norm import OPERATOR, backward_triton, forward_triton, layer_norm
+from marrow.kernels.norms.layer_norm import (
+    OPERATOR,
+    backward_cpu,
+    backward_triton,
+    forward_cpu,
+    forward_triton,
+    layer_norm,
+)
 
 PATHS = usable(OPERATOR)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -91,6 +98,18 @@ def test_views_leading_axes_and_empty_inputs_work(path):
     expected = OPERATOR.run(path, view.contiguous(), weight, bias, eps)
     assert torch.equal(OPERATOR.run(path, view, weight, bias, eps), expected)
     assert OPERATOR.run(path, x[:0], weight, bias, eps).shape == (0, 24)
+
+
+@pytest.mark.slow
+def test_a_result_too_large_for_caches_is_that_of_its_rows():
+    """C writes it past the caches."""
+    x, dy = (torch.randn(4160, 4096).bfloat16() for _ in range(2))
+    weight, bias = (torch.randn(4096).bfloat16() for _ in range(2))
+    whole, *kept = forward_cpu(x, weight, bias, 1e-5)
+    some, *few = forward_cpu(x[::64], weight, bias, 1e-5)
+    assert torch.equal(whole[::64], some)
+    dx = backward_cpu(dy, x, weight, bias, *kept)[0]
+    assert torch.equal(dx[::64], backward_cpu(dy[::64], x[::64], weight, bias, *few)[0])
 
 
 def test_threads_change_nothing():

@@ -11,7 +11,14 @@ from thread_counts import one_and_two
 
 from marrow.kernels import tile
 from marrow.kernels.memory import meta, phantom
-from marrow.kernels.norms.rms_norm import OPERATOR, backward_triton, forward_triton, rms_norm
+from marrow.kernels.norms.rms_norm import (
+    OPERATOR,
+    backward_cpu,
+    backward_triton,
+    forward_cpu,
+    forward_triton,
+    rms_norm,
+)
 
 PATHS = usable(OPERATOR)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -78,6 +85,19 @@ def test_views_leading_axes_and_empty_inputs_work(path):
         OPERATOR.run(path, turned, twelve, eps), OPERATOR.run(path, turned.contiguous(), twelve, eps)
     )
     assert OPERATOR.run(path, x[:0].float(), weight.float(), eps).shape == (0, 24)
+
+
+@pytest.mark.slow
+def test_a_result_too_large_for_caches_is_that_of_its_rows():
+    """C writes it past the caches."""
+    x, dy = (torch.randn(4160, 4096).bfloat16() for _ in range(2))
+    weight = torch.randn(4096).bfloat16()
+    whole, scale = forward_cpu(x, weight, 1e-5)
+    some, few = forward_cpu(x[::64], weight, 1e-5)
+    assert torch.equal(whole[::64], some)
+    assert torch.equal(
+        backward_cpu(dy, x, weight, scale)[0][::64], backward_cpu(dy[::64], x[::64], weight, few)[0]
+    )
 
 
 def test_threads_change_nothing():

@@ -326,25 +326,42 @@ def backward_triton(
     return dq_NHD, dk_NKD, dv_NKD
 
 
+# BLOCK_M, BLOCK_N, num_warps, num_stages that spill no register (4 at most), by kernel, width of a head and
+# capability (0: the others); fp32 has the last. PERF: not measured on a GPU.
+_BLOCKS = {
+    ("attention", 64): {0: (128, 64, 8, 2), 90: (128, 128, 8, 2)},
+    ("attention", 128): {0: (128, 64, 8, 2), 80: (64, 64, 4, 2)},
+    ("attention_backward_keys", 64): {0: (32, 128, 8, 2), 90: (64, 128, 8, 2)},
+    ("attention_backward_keys", 128): {0: (32, 64, 8, 1), 80: (64, 64, 8, 2), 90: (32, 64, 8, 2)},
+    ("attention_backward_queries", 64): {0: (128, 64, 8, 2)},
+    ("attention_backward_queries", 128): {0: (128, 64, 8, 2), 80: (64, 64, 4, 2)},
+}
+_WIDE_BLOCKS = {
+    "attention": (16, 32, 4, 1),
+    "attention_backward_keys": (16, 16, 4, 1),
+    "attention_backward_queries": (16, 32, 4, 1),
+}
+
+
 def _options(kernel: str, q_NHD: Tensor, window: int, softcap: float) -> dict[str, Any]:
     """Return a kernel's constants: its shape, and how it is cut in blocks."""
     head_size, dtype = q_NHD.shape[2], q_NHD.dtype
     width = max(16, 1 << (head_size - 1).bit_length())
-    is_half, is_wide = dtype.itemsize == 2, width > 64
-    if kernel == "attention":
-        blocks = (128, 64, 8, 2) if is_wide else (128, 128, 8, 2)
-    elif kernel == "attention_backward_keys":
-        blocks = (64, 128, 8, 2)
-    else:
-        blocks = (128, 64, 8, 2)
-    if not is_half or width > 128:
-        blocks = (64, 32, 4, 1) if kernel != "attention_backward_keys" else (32, 64, 4, 1)
+    is_half = dtype.itemsize == 2
     if tile.IS_INTERPRETED and q_NHD.device.type == "cpu":
-        blocks = (32, 16, 4, 1) if kernel != "attention_backward_keys" else (16, 32, 4, 1)
-    default = dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), blocks, strict=True))
-    others = [default | {"num_stages": stages} for stages in (1, 2, 3, 4)]
-    others += [default | {"BLOCK_N": default["BLOCK_M"] // 2 * n} for n in (1, 2)] + [
-        default | {"num_warps": 4}
+        blocks = (16, 32, 4, 1) if kernel == "attention_backward_keys" else (32, 16, 4, 1)
+    elif is_half and width <= 128:
+        by_capability = _BLOCKS[kernel, max(64, width)]
+        blocks = by_capability.get(tile.capability(q_NHD.device) // 10 * 10, by_capability[0])
+    else:
+        blocks = _WIDE_BLOCKS[kernel]
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+    default = dict(zip(names, blocks, strict=True))
+    others = [
+        dict(zip(names, (rows, keys, warps, stages), strict=True))
+        for rows, keys in ((64, 64), (128, 64), (64, 128), (128, 128), (32, 128))
+        for warps in (4, 8)
+        for stages in (2, 3)
     ]
     cut = tile.config(kernel, (width, str(dtype).removeprefix("torch.")), default, others if is_half else ())
     # Three products of TF32 parts are as good as one in fp32, and run on tensor cores.

@@ -18,7 +18,8 @@ INLINE void forward(const void *residual, const void *x, const void *weight, voi
     {
 #pragma omp for schedule(static) nowait
         for (long row = 0; row < rows; row++) {
-            const void *old = elements(residual, row * columns, type), *new = elements(x, row * columns, type);
+            const void *old = elements(residual, row * columns, type);
+            const void *new = elements(x, row * columns, type);
             void *sum = (void *)elements(total, row * columns, type);
             void *to = (void *)elements(y, row * columns, type);
             pair squares = {{0}, {0}};

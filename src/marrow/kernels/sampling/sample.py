@@ -184,7 +184,7 @@ def forward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Rows in C, shared among torch's threads."""
     # PERF: one core, 1 to 64 rows, times as fast as filters that sort, as transformers has them: 2k tokens 4
-    # to 20, 32k 18 to 65, 152k 30 to 100; as torch.topk with a top-k of 50: 1.5 to 2.2, 2.5 to 3.8, 3.1 to 5.6.
+    # to 20, 32k 18 to 65, 152k 30 to 100; as torch.topk with a top-k of 50: 1.5 to 2.2, 2.5 to 3.8, 3.1 to 5.
     logits_SV, (rows, columns) = logits_SV.contiguous(), logits_SV.shape
     out = _empty(logits_SV, factors_S6, keys_S4, history_N, starts_S1, num_top)
     tokens_S, kept_S, log_probs_S, top_tokens_SR, top_log_probs_SR = out
