@@ -10,8 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from operator_checks import filled_with_nan, usable
 
+from marrow.kernels.memory import meta, phantom
 from marrow.kernels.sampling.draws import Draw, Draws, uniform
-from marrow.kernels.sampling.sample import OPERATOR, sample
+from marrow.kernels.sampling.sample import OPERATOR, forward_triton, sample
 
 PATHS = usable(OPERATOR)
 FAST = [path for path in PATHS if path != "triton"]
@@ -315,6 +316,16 @@ def test_views_and_no_rows_work():
         expected = run(path, logits.contiguous(), draws, 2)
         assert all(torch.equal(a, b) for a, b in zip(run(path, logits, draws, 2), expected, strict=True))
         assert run(path, logits[:0], [], 2)[0].shape == (0,)
+
+
+@pytest.mark.skipif("triton" not in PATHS, reason="needs Triton or its interpreter")
+def test_offsets_beyond_two_billion_elements_hit_their_tensors():
+    rows = 2**20 + 1
+    settings = meta(rows, 6), meta(rows, 4, dtype=torch.int64)
+    history, starts = meta(0, dtype=torch.int64), meta(rows + 1, dtype=torch.int64)
+    with phantom() as watch:  # what is read is 0: rows are greedy
+        forward_triton(meta(rows, 4096), *settings, history, starts, 1)
+    assert watch.launches == 2
 
 
 @pytest.mark.slow

@@ -151,6 +151,9 @@ def test_vectors_need_not_be_contiguous() -> None:
     vectors, asked = whole(24, 300, seed=4).T, whole(24, 3, seed=5).T
     for path in EVERY:
         assert same(found(path, vectors, asked, 4), top_k_reference(vectors, asked, 4)), path
+        listed = torch.arange(0, 600, 2)[::3]
+        expected = top_k_reference(vectors, asked, 4, listed[:50])
+        assert same(found(path, vectors, asked, 4, listed[:50]), expected), path
 
 
 def test_a_mask_and_a_list_of_rows_mean_the_same() -> None:

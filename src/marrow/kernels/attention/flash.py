@@ -284,7 +284,7 @@ def forward_triton(
     q_NHD, k_NKD, v_NKD = q_NHD.contiguous(), k_NKD.contiguous(), v_NKD.contiguous()
     tokens, heads, head_size = q_NHD.shape
     o_NHD, lse_HN = torch.empty_like(q_NHD), q_NHD.new_empty(heads, tokens, dtype=torch.float32)
-    options = _options("attention", q_NHD, window, softcap)
+    options = _options("attention", q_NHD, softcap)
     grid = heads, -(-tokens // options["BLOCK_M"])
     numbers = (tokens, heads, k_NKD.shape[1], window or tokens, head_size**-0.5, softcap)
     tile.launch(_forward, grid, q_NHD, k_NKD, v_NKD, first_N.int(), o_NHD, lse_HN, *numbers, **options)
@@ -311,39 +311,39 @@ def backward_triton(
     tokens, heads, head_size = q_NHD.shape
     kv_heads, delta_HN = k_NKD.shape[1], torch.empty_like(lse_HN)
     dq_NHD, dk_NKD, dv_NKD = torch.empty_like(q_NHD), torch.empty_like(k_NKD), torch.empty_like(v_NKD)
-    options = _options("attention_backward_keys", q_NHD, window, softcap)
+    options = _options("attention_backward_keys", q_NHD, softcap)
     shape = {name: options[name] for name in ("SIZE", "WIDTH")}
-    block = 64 if q_NHD.dtype.itemsize == 2 else 32
+    block = 64 if q_NHD.dtype.itemsize == 2 else 16
     grid = heads, -(-tokens // block)
     tile.launch(_delta, grid, do_NHD, o_NHD.contiguous(), delta_HN, tokens, heads, **shape, BLOCK_M=block)
     given = (q_NHD, k_NKD, v_NKD, do_NHD, lse_HN, delta_HN, first_N)
     numbers = (tokens, heads, kv_heads, window or tokens, head_size**-0.5, softcap)
     grid = kv_heads, -(-tokens // options["BLOCK_N"])
     tile.launch(_backward_keys, grid, *given, last_N, dk_NKD, dv_NKD, *numbers, **options)
-    options = _options("attention_backward_queries", q_NHD, window, softcap)
+    options = _options("attention_backward_queries", q_NHD, softcap)
     grid = heads, -(-tokens // options["BLOCK_M"])
     tile.launch(_backward_queries, grid, *given, dq_NHD, *numbers, **options)
     return dq_NHD, dk_NKD, dv_NKD
 
 
-# BLOCK_M, BLOCK_N, num_warps, num_stages that spill no register (4 at most), by kernel, width of a head and
+# BLOCK_M, BLOCK_N, num_warps, num_stages that spill no register, by kernel, width of a head and
 # capability (0: the others); fp32 has the last. PERF: not measured on a GPU.
 _BLOCKS = {
     ("attention", 64): {0: (128, 64, 8, 2), 90: (128, 128, 8, 2)},
-    ("attention", 128): {0: (128, 64, 8, 2), 80: (64, 64, 4, 2)},
+    ("attention", 128): {0: (128, 64, 8, 2), 80: (64, 64, 8, 2)},
     ("attention_backward_keys", 64): {0: (32, 128, 8, 2), 90: (64, 128, 8, 2)},
-    ("attention_backward_keys", 128): {0: (32, 64, 8, 1), 80: (64, 64, 8, 2), 90: (32, 64, 8, 2)},
-    ("attention_backward_queries", 64): {0: (128, 64, 8, 2)},
-    ("attention_backward_queries", 128): {0: (128, 64, 8, 2), 80: (64, 64, 4, 2)},
+    ("attention_backward_keys", 128): {0: (32, 64, 8, 1), 80: (64, 64, 8, 2), 90: (16, 128, 8, 2)},
+    ("attention_backward_queries", 64): {0: (128, 64, 8, 2), 100: (128, 32, 8, 2)},
+    ("attention_backward_queries", 128): {0: (128, 64, 8, 2), 80: (64, 64, 8, 2)},
 }
 _WIDE_BLOCKS = {
     "attention": (16, 32, 4, 1),
-    "attention_backward_keys": (16, 16, 4, 1),
+    "attention_backward_keys": (16, 16, 8, 1),
     "attention_backward_queries": (16, 32, 4, 1),
 }
 
 
-def _options(kernel: str, q_NHD: Tensor, window: int, softcap: float) -> dict[str, Any]:
+def _options(kernel: str, q_NHD: Tensor, softcap: float) -> dict[str, Any]:
     """Return a kernel's constants: its shape, and how it is cut in blocks."""
     head_size, dtype = q_NHD.shape[2], q_NHD.dtype
     width = max(16, 1 << (head_size - 1).bit_length())

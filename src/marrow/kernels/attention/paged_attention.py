@@ -98,6 +98,10 @@ def forward_cpu(
     softcap: float,
 ) -> Tensor:
     """In C: long sequences in splits, shared among torch's threads."""
+    # PERF: decoding 8 sequences of 4096 keys, 32 heads of 128 over 8, bf16, one core with AMX, interleaved:
+    # 5.6 to 6.9x gathering and torch's fused kernel, 11 to 13x that on repeated heads, 1.6 to 2.0x the kernel
+    # on dense copies with the group folded; some 75 % of what a loop that only reads reaches. fp32: 1.8x
+    # gathering with the group folded, 0.7x dense copies.
     q_NHD, keys_PSKD, values_PSKD = (x.contiguous() for x in (q_NHD, keys_PSKD, values_PSKD))
     scales = [x.float().contiguous() for x in (key_scales_PSK, value_scales_PSK) if x is not None]
     tables = [x.int().contiguous() for x in (blocks_BM, starts_B, ends_B)]

@@ -209,7 +209,7 @@ def _options(q_NHD: Tensor, keys_PSKD: Tensor, max_queries: int, softcap: float)
     is_half, kind = q_NHD.dtype.itemsize == 2, "decode" if max_queries == 1 else "mixed"
     rows = max(16, 1 << (group - 1).bit_length())
     if kind == "mixed" and not (tile.IS_INTERPRETED and q_NHD.device.type == "cpu"):
-        rows = max(rows, 64 if is_half and tile.capability(q_NHD.device) >= 90 else 32)
+        rows = max(rows, (64 if tile.capability(q_NHD.device) >= 90 else 32) if is_half else 16)
     # PERF: not measured.
     default = {
         "BLOCK_M": rows,

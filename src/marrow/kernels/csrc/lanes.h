@@ -168,7 +168,7 @@ INLINE void store_pair(void *to, long at, long count, pair x, int type, int is_s
  * 8192 x 4096 0.79x. Where the result fits a cache, it and the operator that reads it next take 1.6x. */
 INLINE int streamed(const void *to, long rows, long columns, int type) {
     long row_bytes = columns * (type == BF16 ? 2 : 4);
-    return rows * row_bytes > STREAMED_BYTES && row_bytes % 64 == 0 && (uintptr_t)to % 64 == 0;
+    return rows * row_bytes >= STREAMED_BYTES && row_bytes % 64 == 0 && (uintptr_t)to % 64 == 0;
 }
 
 /* Streamed stores are in memory before other threads go on. */

@@ -5,7 +5,7 @@
 INLINE void rotate(const void *x, const void *cos, const void *sin, void *y, long tokens, long heads,
                    long size, long token_step, long head_step, float sign, int threads, int type,
                    int angle_type) {
-    int is_streamed = streamed(y, tokens * heads, size, type); /* half heads are whole lines */
+    int is_streamed = streamed(y, 2 * tokens * heads, size, type); /* half heads are the rows */
 #pragma omp parallel num_threads(threads) if (tokens * heads * size > 1 << 14)
     {
 #pragma omp for schedule(static) nowait

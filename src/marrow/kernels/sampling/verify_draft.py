@@ -232,6 +232,8 @@ def forward_cpu(
     starts_N1: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Sequences in C, shared among torch's threads."""
+    # PERF: one core, 8 sequences of 4 drafts, against plain torch on all rows at once: 2k tokens 4.3 times as
+    # fast, 32k 5.7, 152k 5.4.
     out = _empty(logits_NV, drafts_N, begins_S1, draft_probs_NV, factors_N6, keys_N4, history_M, starts_N1)
     given = [
         logits_NV,

@@ -173,6 +173,7 @@ def forward_triton(
 ) -> tuple[Tensor, Tensor]:
     """Each program keeps the best of its share of the rows; torch sorts what the shares found."""
     vectors_NC, queries_QC = vectors_NC.contiguous(), queries_QC.contiguous()
+    rows_M = None if rows_M is None else rows_M.contiguous()
     (num_queries, columns), device = queries_QC.shape, vectors_NC.device
     num_rows = len(vectors_NC) if rows_M is None else len(rows_M)
     block_k = max(2, 1 << (k - 1).bit_length())
@@ -220,6 +221,7 @@ def forward_cpu(
     """Rows in C, shared among torch's threads; results do not depend on their number."""
     vectors_NC, queries_QP = vectors_NC.contiguous(), padded(queries_QC)
     scores_QK, rows_QK = _empty(vectors_NC, queries_QC, k, rows_M)
+    rows_M = None if rows_M is None else rows_M.contiguous()
     num_rows = len(vectors_NC) if rows_M is None else len(rows_M)
     list_start = 0 if rows_M is None else rows_M.data_ptr()
     native.function("top_k", "top_k", "pppppllllii")(

@@ -135,6 +135,7 @@ def forward_cpu(
     vectors_NC, queries_QP = vectors_NC.contiguous(), exact.padded(queries_QC)
     packed = Packed(codes_NP.contiguous(), scales_N.contiguous(), errors_N.contiguous())
     outputs = _empty(vectors_NC, *packed, queries_QC, k, rows_M)
+    rows_M = None if rows_M is None else rows_M.contiguous()
     num_rows = len(vectors_NC) if rows_M is None else len(rows_M)
     list_start = 0 if rows_M is None else rows_M.data_ptr()
     native.function("top_k_int8", "top_k_int8", "pppppppppllllii")(
