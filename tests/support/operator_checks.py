@@ -121,6 +121,7 @@ def check_node(operator: Operator, inputs: Sequence[Any]) -> None:
 
     Inputs in the dtype to test. Eager and compiled run the same path here, to the bit.
     """
+    torch._dynamo.reset()  # all operators share the function below, and dynamo recompiles one 8 times only
     op = getattr(torch.ops.marrow, operator.name).default
     torch.library.opcheck(op, tuple(inputs))
     compiled = torch.compile(lambda *given: operator(*given), fullgraph=True, backend="aot_eager")

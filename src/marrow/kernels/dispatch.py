@@ -384,12 +384,16 @@ def wanted() -> str:
     return mode
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # what follows looks for compilers and devices
 def _is_node(name: str, device: str, dtype: torch.dtype) -> bool:
     """Return whether a graph shows the operator as one node, not its reference (fakes have their device)."""
     usable = [path for path in _operators[name].paths.values() if device in path.devices]
     usable = [path for path in usable if path.dtypes is None or dtype in path.dtypes]
     return wanted() != "reference" and any(path.unusable() is None for path in usable)
+
+
+# It looks for compilers and devices, which a graph cannot. torch.compiler.assume_constant_result does this
+# too, but that imports dynamo, and Triton with it: a second of every process that uses a kernel.
+_is_node._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check(mode: str, what: str) -> None:

@@ -9,13 +9,11 @@ import ctypes
 import os
 from collections.abc import Callable
 from functools import cache
-from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
 from marrow.core import native
 
-_data_ptr = methodcaller("data_ptr")
 _FOLDER = Path(__file__).parent / "csrc"
 _TYPES: dict[str, Any] = {
     "p": ctypes.c_void_p,
@@ -55,9 +53,20 @@ def function(file: str, name: str, signature: str) -> Callable[..., Any]:
     return found
 
 
+class _Address(int):
+    """Where a tensor's memory begins; keeps the tensor while it is an argument of a call."""
+
+    tensor: Any
+
+
 def pointers(*tensors: Any) -> tuple[int, ...]:
-    """Return where the memory of tensors begins; the caller keeps them alive for the call."""
-    return tuple(map(_data_ptr, tensors))
+    """Return where the memory of tensors begins; each address keeps its tensor alive, a temporary too."""
+    found = []
+    for tensor in tensors:
+        address = _Address(tensor.data_ptr())
+        address.tensor = tensor
+        found.append(address)
+    return tuple(found)
 
 
 def type_of(tensor: Any) -> int:

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from marrow.core.errors import ModelError
@@ -27,6 +26,7 @@ from marrow.core.progress import Progress, silent
 from marrow.core.span import span
 from marrow.kernels.attention.attention import attention, pack
 from marrow.kernels.device import choose_dtype
+from marrow.kernels.losses.linear_log_probs import linear_log_probs
 from marrow.models import huggingface
 from marrow.models.decoder import Decoder
 from marrow.text.tokenizer import Tokenizer
@@ -37,7 +37,6 @@ from marrow.train.ngram import NgramModel
 from marrow.train.windows import Batch, batch_of, rows_of, windows_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CHUNK_LOGITS = 1 << 22  # logits in memory at once: 16 MiB of fp32
 SHOWN_GROUPS = 3
 SMALL_GROUP_BYTES = 1024  # smaller groups say little; they are in the file, not among worst and best
 
@@ -186,14 +185,8 @@ def _score(decoder: Decoder, batch: Batch, targets_N: npt.NDArray[np.int64], row
         lambda layer, q_NHD, k_NKD, v_NKD: attention(q_NHD, k_NKD, v_NKD, packing),
     )
     hidden_NC, target_N = hidden_BTC[tensor(batch.scored_N)], tensor(targets_N)
-    rows = max(1, CHUNK_LOGITS // decoder.config.vocab_size)
-    nats = [
-        F.cross_entropy(
-            decoder.logits(hidden_NC[i : i + rows]).float(), target_N[i : i + rows], reduction="none"
-        )
-        for i in range(0, len(target_N), rows)
-    ]
-    nats_N: Floats = torch.cat(nats).double().cpu().numpy()
+    log_probs_N, _ = linear_log_probs(hidden_NC, decoder.output_weight, target_N)
+    nats_N: Floats = -log_probs_N.double().cpu().numpy()
     return nats_N
 
 
