@@ -10,6 +10,7 @@ heads, D head size, C hidden size, V vocabulary.
 
 import time
 from collections.abc import Sequence as Several
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -106,11 +107,15 @@ class Runner:
         tokens_N, positions_N, slots_N = index(tokens), index(positions), index(slots)
         starts_B, ends_B, blocks_BM = (index(v, torch.int32) for v in (starts, ends, lists))
 
+        max_queries, max_keys = max(b - a for a, b in pairwise(starts)), max(ends)
+
         def attend(layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
             keys, values = self._keys[layer], self._values[layer]
             keys.flatten(0, 1).index_copy_(0, slots_N, k_NKD)
             values.flatten(0, 1).index_copy_(0, slots_N, v_NKD)
-            return paged_attention(q_NHD, keys, values, blocks_BM, starts_B, ends_B)
+            return paged_attention(
+                q_NHD, keys, values, blocks_BM, starts_B, ends_B, max_queries=max_queries, max_keys=max_keys
+            )
 
         hidden_NC: Tensor = self.decoder(tokens_N, positions_N, attend)
         return hidden_NC

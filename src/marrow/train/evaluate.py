@@ -178,7 +178,7 @@ def _score(decoder: Decoder, batch: Batch, targets_N: npt.NDArray[np.int64], row
     def tensor(array: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(device)
 
-    packing = pack(tensor(batch.document_BT), row_tokens, decoder.embedding_VC.dtype)
+    packing = pack(tensor(batch.document_BT), row_tokens)
     hidden_BTC = decoder(
         tensor(batch.tokens_BT),
         tensor(batch.position_BT),

@@ -170,7 +170,7 @@ class Loss:
 
     def __call__(self, batch: Batch) -> Tensor:
         """Compute it; documents of a row do not see each other."""
-        packing = pack(batch.document_N, batch.T, self.decoder.embedding_VC.dtype)
+        packing = pack(batch.document_N, batch.T)
         hidden_NC = self.decoder(
             batch.tokens_N, batch.positions_N, lambda layer, q, k, v: attention(q, k, v, packing)
         )
