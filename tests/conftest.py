@@ -41,6 +41,10 @@ settings.register_profile("marrow", deadline=None, suppress_health_check=[Health
 settings.register_profile("quick", parent=settings.get_profile("marrow"), max_examples=10)
 settings.load_profile("marrow")
 
+# Before any operator is imported, while tests are collected: without a GPU Triton's kernels are interpreted.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 OWN_SETTINGS = "_hypothesis_internal_use_settings"
 
 
@@ -68,9 +72,12 @@ gc.disable()
 
 
 def pytest_collection_finish() -> None:
-    """Begin to collect garbage, all that is there by now left out."""
+    """Begin to collect garbage, all that is there by now left out; interpret Triton in this process alone."""
     gc.freeze()
     gc.enable()
+    # Processes that tests start are as a user's, and load no Triton.
+    if os.environ.pop("TRITON_INTERPRET", None) and "triton" in sys.modules:
+        sys.modules["triton"].knobs.runtime.interpret = True
 
 
 def pytest_sessionfinish() -> None:

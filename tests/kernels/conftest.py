@@ -1,14 +1,8 @@
-"""What all operator tests share: a clean kernel table, and the error budget."""
+"""What all operator tests share: a clean kernel table, and what is slow."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
-import torch
-
-# Before an operator is imported: on the CPU Triton's kernels are interpreted.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 from marrow.kernels import dispatch
 

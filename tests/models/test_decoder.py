@@ -9,8 +9,8 @@ from marrow.models.config import ModelConfig
 from marrow.models.decoder import Decoder
 
 
-def attend_in(document, row_tokens, dtype=torch.float32):
-    packing = pack(document, row_tokens, dtype)
+def attend_in(document, row_tokens):
+    packing = pack(document, row_tokens)
     return lambda _, q, k, v: attention(q, k, v, packing)
 
 
@@ -98,7 +98,7 @@ def test_bf16_weights_give_bf16_states_near_those_of_fp32(tiny):
     with torch.no_grad():
         for a, b in zip(wide.parameters(), low.parameters(), strict=True):
             a.copy_(b)
-    hidden = low(tokens, torch.arange(12), attend_in(torch.zeros(12, dtype=torch.int32), 12, torch.bfloat16))
+    hidden = low(tokens, torch.arange(12), attend_in(torch.zeros(12, dtype=torch.int32), 12))
     assert hidden.dtype == torch.bfloat16
     # Some ten roundings of 2^-9 on the way, of normed values up to about 3.
     torch.testing.assert_close(hidden.float(), wide(tokens, torch.arange(12), attend), rtol=0.05, atol=0.1)
