@@ -70,6 +70,7 @@ def test_a_changed_header_beside_it_compiles_anew(source: Path) -> None:
     assert added(native.load(source), 5, 2) == 9
 
 
+@pytest.mark.slow
 def test_threads_are_shared_with_torch_and_cost_nothing_where_unused(source: Path) -> None:
     assert b"libgomp" not in Path(native.load(source)._name).read_bytes()
     loop = "int64_t add(int64_t a, int64_t b) {\n#pragma omp parallel for num_threads(2) reduction(+ : a)\n"

@@ -320,6 +320,7 @@ def test_dtype_is_one_that_numpy_reads(shards: Path) -> None:
     texts=st.lists(st.text(st.sampled_from("ab \n(é😀"), max_size=80), min_size=1, max_size=30),
     row_group_size=st.integers(1, 9),
 )
+@pytest.mark.slow
 def test_every_engine_writes_the_same_bytes(
     tmp_path_factory: pytest.TempPathFactory,
     tokenizer_folder: Path,

@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         is_oracle = "reference" in [x for x in parameters if isinstance(x, str)]
-        if is_oracle or "triton" in item.name or item.path.stem in INTERPRETED:
+        if is_oracle or "triton" in item.name or "graph" in item.name or item.path.stem in INTERPRETED:
             item.add_marker("slow")
 
 

@@ -65,6 +65,7 @@ def test_an_unknown_operator_is_refused_with_the_known_ones() -> None:
     assert "rms_norm" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 def test_only_paths_that_run_are_measured_the_reference_among_them(
     doubled: Operator, rows: list[dict[str, object]]
 ) -> None:

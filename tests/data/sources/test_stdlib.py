@@ -70,6 +70,7 @@ def test_the_schema_says_what_each_column_holds(stdlib_rows):
     assert all(schema.field(name).metadata[b"description"] for name in schema.names)
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_or_run(tmp_path):
     """A module that would write a file when run is read; in a process of its own, no module is loaded."""
     for i in range(30):

@@ -128,6 +128,7 @@ def test_room_on_demand_takes_the_spares_first(cache: Cache) -> None:
     assert cache.usage().num_files == 2 and cache.usage().spare_bytes == 0
 
 
+@pytest.mark.slow
 def test_who_opens_a_file_while_it_is_looked_at_ends_no_process(tmp_path: Path) -> None:
     # The kernel signals the holder of a lease when somebody opens the file; by default that kills it.
     spares = Spares(tmp_path / "spare")

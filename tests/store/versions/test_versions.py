@@ -504,6 +504,7 @@ with Store.open(home) as store:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_commit_to_one_branch_and_lose_nothing(
     home: Path, tmp_path: Path, spawn: Callable[..., Any]
 ) -> None:
