@@ -42,7 +42,9 @@ FOUND: dict[str, Any] = {
     "cuda": False,
     "store": {"home": "/x/.marrow", "free_bytes": 5 << 30},
     "kernels": [
-        {"op": "attention", "device": "cpu", "dtype": "float32", "path": "plain", "reason": "no triton"}
+        {"op": "attention", "device": "cpu", "dtype": "float32", "path": "plain", "reason": "no triton"},
+        {"op": "rope", "device": "cpu", "dtype": "bfloat16", "path": "cpu", "reason": ""},
+        {"op": "rope", "device": "cpu", "dtype": "float32", "path": "cpu", "reason": ""},
     ],
 }
 
@@ -60,6 +62,7 @@ def test_every_fact_is_shown_with_its_unit() -> None:
     assert rows["disk write"] == "800 MB/s with fsync"
     assert rows["free"] == "5.0 GiB"
     assert rows["attention on cpu in float32"] == "plain (no triton)"
+    assert rows["rope on cpu in bfloat16, float32"] == "cpu"
     assert "torch.compile works" in rows["C++ compiler"]
     assert rows["bpe"] == "compiled"
     assert "A CPU" in doctor_table(sections(FOUND))

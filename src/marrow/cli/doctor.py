@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -140,14 +141,18 @@ def sections(found: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
                 for name, is_there in found["native"].items()
             ],
         ),
-        (
-            "kernels",
-            [
-                (
-                    f"{kernel['op']} on {kernel['device']} in {kernel['dtype']}",
-                    kernel["path"] + (f" ({kernel['reason']})" if kernel["reason"] else ""),
-                )
-                for kernel in found["kernels"]
-            ],
-        ),
+        ("kernels", kernel_lines(found["kernels"])),
     ]
+
+
+def kernel_lines(kernels: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """Name the path of each operator and device, in one line for dtypes that take the same."""
+
+    def taken(kernel: dict[str, str]) -> tuple[str, ...]:
+        return kernel["op"], kernel["device"], kernel["path"], kernel["reason"]
+
+    lines = []
+    for (op, device, path, reason), same in groupby(kernels, taken):
+        dtypes = ", ".join(kernel["dtype"] for kernel in same)
+        lines.append((f"{op} on {device} in {dtypes}", path + (f" ({reason})" if reason else "")))
+    return lines

@@ -69,13 +69,9 @@ class Path:
         if self.dtypes is not None and case.dtype not in self.dtypes:
             return f"not made for {_short(case.dtype)}", True
         if (why := self.unusable()) is not None:
-            # A C file that does not compile has warned itself; Triton on a CPU is an interpreter.
-            return why, is_asked_for or (self.name == "triton" and case.device == "cuda")
-        if is_asked_for:
-            return None, False
-        if self.name == "triton" and case.device == "cpu":
-            return "its interpreter is for tests", False
-        return self.loses(case), False
+            # A C file that does not compile has warned itself.
+            return why, is_asked_for or self.name == "triton"
+        return (None if is_asked_for else self.loses(case)), False
 
 
 class _Found(NamedTuple):
@@ -254,6 +250,8 @@ class Operator:
         if mode == "reference":
             return _Found(None)
         known = {name: path for name, path in self.paths.items() if case.device in path.devices}
+        if case.device == "cpu" and mode != "triton":
+            known.pop("triton", None)  # which is an interpreter there, for tests
         found = _Found(None)
         if mode != "auto" and mode not in known:
             found = _Found(None, f"{mode} was asked for, it has no such path", True)
