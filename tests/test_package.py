@@ -145,6 +145,8 @@ ALONE = """
 import importlib, sys
 import torch, fastapi, pyarrow, sqlalchemy  # once: they are what takes long
 for module in sys.argv[1:]:
+    if "marrow.kernels.dispatch" in sys.modules:  # torch keeps operators, and takes each name once
+        sys.modules["marrow.kernels.dispatch"]._library._destroy()
     for loaded in [name for name in sys.modules if name.partition(".")[0] == "marrow"]:
         del sys.modules[loaded]
     importlib.import_module(module)

@@ -122,9 +122,6 @@ CASES = [
     for path in operator.paths
     if "cpu" in operator.paths[path].devices and operator.paths[path].unusable() is None
 ]
-WAITING = {  # what is known to fail; each line goes with its mend
-    "attention torch": "q, k and v with a last stride other than 1",
-}
 PLAIN = [case for case in CASES if case.values[1] != "triton"]
 
 
@@ -239,9 +236,7 @@ def test_the_number_of_threads_changes_no_bit(operator: Operator, path: str) -> 
 
 
 @pytest.mark.parametrize(("operator", "path"), [case for case in CASES if case.values[0].name != "adamw"])
-def test_inputs_need_not_be_contiguous(operator: Operator, path: str, request: pytest.FixtureRequest) -> None:
-    if reason := WAITING.get(f"{operator.name} {path}"):
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
+def test_inputs_need_not_be_contiguous(operator: Operator, path: str) -> None:
     inputs = inputs_of(operator)
     # BLAS adds in another order for other strides: some ulp of values up to 10.
     within = 1e-5 if path == "torch" or operator.name == "newton_schulz" else 0.0

@@ -57,7 +57,7 @@ def run(
     return found
 
 
-def check_budget(
+def assert_within_budget(
     operator: Operator,
     path: str,
     inputs: Sequence[Any],
@@ -81,11 +81,11 @@ def check_budget(
         assert a.dtype == b.dtype, (number, a.dtype, b.dtype)
         assert c.dtype == torch.float64 or not c.is_floating_point(), number
         term = terms[number] if number < len(terms) else 0.0
-        check_near(a, b, c, term=term, what=f"{operator.name} {path} {dtype} output {number}")
+        assert_near(a, b, c, term=term, what=f"{operator.name} {path} {dtype} output {number}")
 
 
-def check_near(ours: Tensor, theirs: Tensor, exact: Tensor, *, term: float = 0.0, what: str = "") -> None:
-    """Assert the budget of `check_budget` for one tensor."""
+def assert_near(ours: Tensor, theirs: Tensor, exact: Tensor, *, term: float = 0.0, what: str = "") -> None:
+    """Assert the budget of `assert_within_budget` for one tensor."""
     finite = exact.isfinite() & theirs.isfinite()
     a, b, c = ours.double(), theirs.double(), exact.double()
     same = (a == b) | (a.isnan() & b.isnan()) | (a == c)
@@ -116,7 +116,7 @@ def filled_with_nan() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = before  # type: ignore[attr-defined]
 
 
-def check_node(operator: Operator, inputs: Sequence[Any]) -> None:
+def assert_is_node(operator: Operator, inputs: Sequence[Any]) -> None:
     """Assert that torch.library accepts the operator and that a compiled graph gives what eager gives.
 
     Inputs in the dtype to test. Eager and compiled run the same path here, to the bit.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import settings
 from hypothesis import strategies as st
-from operator_checks import check_budget, check_node, rounded, run, usable
+from operator_checks import assert_is_node, assert_within_budget, rounded, run, usable
 from thread_counts import one_and_two
 
 from marrow.kernels.activations.geglu import (
@@ -30,7 +30,7 @@ FORMS = [True, False]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 13), (5, 64), (4, 127), (3, 129)])
 def test_values_and_gradients_stay_within_the_error_budget(path, is_tanh, dtype, rows, size):
-    check_budget(OPERATOR, path, (rounded(rows, 2 * size, seed=rows, scale=2.0), is_tanh), dtype)
+    assert_within_budget(OPERATOR, path, (rounded(rows, 2 * size, seed=rows, scale=2.0), is_tanh), dtype)
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "triton"])
@@ -48,7 +48,7 @@ def test_any_shape_stays_within_the_error_budget(path, is_tanh, dtype, rows, siz
     # torch goes through 1 + erf or 1 + tanh, which is 0 where it should be tiny, in fp64 too: what they
     # multiply is the term; a normal gradient is below 4 or so.
     largest = float(x.abs().max())
-    check_budget(OPERATOR, path, (x, is_tanh), dtype, terms=(largest**2, 4 * largest))
+    assert_within_budget(OPERATOR, path, (x, is_tanh), dtype, terms=(largest**2, 4 * largest))
 
 
 @pytest.mark.parametrize("path", OURS)
@@ -130,4 +130,4 @@ def test_offsets_beyond_two_billion_elements_hit_their_tensors():
 
 @pytest.mark.slow
 def test_it_is_one_node_of_a_graph():
-    check_node(OPERATOR, (rounded(5, 16, seed=4).float().requires_grad_(), False))
+    assert_is_node(OPERATOR, (rounded(5, 16, seed=4).float().requires_grad_(), False))

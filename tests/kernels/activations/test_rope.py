@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from operator_checks import check_budget, check_node, rounded, run, usable
+from operator_checks import assert_is_node, assert_within_budget, rounded, run, usable
 from thread_counts import one_and_two
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -37,7 +37,7 @@ def inputs(tokens: int, heads: int, pairs: int, seed: int = 0) -> tuple[torch.Te
     ("tokens", "heads", "pairs"), [(1, 1, 1), (3, 2, 13), (5, 4, 32), (2, 3, 64), (7, 1, 127), (90, 5, 3)]
 )
 def test_values_and_gradients_stay_within_the_error_budget(path, dtype, tokens, heads, pairs):
-    check_budget(OPERATOR, path, inputs(tokens, heads, pairs), dtype)
+    assert_within_budget(OPERATOR, path, inputs(tokens, heads, pairs), dtype)
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "triton"])
@@ -47,7 +47,7 @@ def test_values_and_gradients_stay_within_the_error_budget(path, dtype, tokens, 
     tokens=st.integers(1, 40), heads=st.integers(1, 9), pairs=st.integers(1, 70), seed=st.integers(0, 2**31)
 )
 def test_any_shape_stays_within_the_error_budget(path, dtype, tokens, heads, pairs, seed):
-    check_budget(OPERATOR, path, inputs(tokens, heads, pairs, seed), dtype)
+    assert_within_budget(OPERATOR, path, inputs(tokens, heads, pairs, seed), dtype)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -151,4 +151,4 @@ def test_offsets_beyond_two_billion_elements_hit_their_tensors():
 @pytest.mark.slow
 def test_it_is_one_node_of_a_graph():
     x, *angles = (given.float() for given in inputs(5, 2, 8))
-    check_node(OPERATOR, (x.requires_grad_(), *angles))
+    assert_is_node(OPERATOR, (x.requires_grad_(), *angles))

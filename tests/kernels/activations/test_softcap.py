@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from operator_checks import check_budget, check_node, rounded, run, usable
+from operator_checks import assert_is_node, assert_within_budget, rounded, run, usable
 from thread_counts import one_and_two
 
 from marrow.kernels.activations.softcap import (
@@ -27,7 +27,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.mark.parametrize("shape", [(1,), (13,), (5, 64), (3, 2, 127), (2049,)])
 @pytest.mark.parametrize("cap", [0.5, 30.0])
 def test_values_and_gradients_stay_within_the_error_budget(path, dtype, shape, cap):
-    check_budget(OPERATOR, path, (rounded(*shape, seed=1, scale=2.0), cap), dtype)
+    assert_within_budget(OPERATOR, path, (rounded(*shape, seed=1, scale=2.0), cap), dtype)
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "triton"])
@@ -41,7 +41,9 @@ def test_values_and_gradients_stay_within_the_error_budget(path, dtype, shape, c
 )
 def test_any_shape_stays_within_the_error_budget(path, dtype, size, seed, scale, cap):
     # 1 - tanh^2 cancels, to 0 in plain torch: the gradient that it multiplies, up to 4, is the term.
-    check_budget(OPERATOR, path, (rounded(size, seed=seed, scale=scale), cap), dtype, terms=(0.0, 4.0))
+    assert_within_budget(
+        OPERATOR, path, (rounded(size, seed=seed, scale=scale), cap), dtype, terms=(0.0, 4.0)
+    )
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -97,4 +99,4 @@ def test_offsets_beyond_two_billion_elements_hit_their_tensors():
 
 @pytest.mark.slow
 def test_it_is_one_node_of_a_graph():
-    check_node(OPERATOR, (rounded(5, 16, seed=4).float().requires_grad_(), 1.5))
+    assert_is_node(OPERATOR, (rounded(5, 16, seed=4).float().requires_grad_(), 1.5))

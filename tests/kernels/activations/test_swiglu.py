@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import settings
 from hypothesis import strategies as st
-from operator_checks import check_budget, check_node, rounded, run, usable
+from operator_checks import assert_is_node, assert_within_budget, rounded, run, usable
 from thread_counts import one_and_two
 
 from marrow.kernels.activations.swiglu import (
@@ -28,7 +28,7 @@ SHAPES = [(1, 1), (3, 13), (5, 64), (4, 127), (2, 128), (3, 129), (1, 2049), (13
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "size"), SHAPES)
 def test_values_and_gradients_stay_within_the_error_budget(path, dtype, rows, size):
-    check_budget(OPERATOR, path, (rounded(rows, 2 * size, seed=rows, scale=2.0),), dtype)
+    assert_within_budget(OPERATOR, path, (rounded(rows, 2 * size, seed=rows, scale=2.0),), dtype)
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "triton"])
@@ -41,7 +41,7 @@ def test_values_and_gradients_stay_within_the_error_budget(path, dtype, rows, si
     scale=st.sampled_from([0.01, 1.0, 30.0]),
 )
 def test_any_shape_stays_within_the_error_budget(path, dtype, rows, size, seed, scale):
-    check_budget(OPERATOR, path, (rounded(rows, 2 * size, seed=seed, scale=scale),), dtype)
+    assert_within_budget(OPERATOR, path, (rounded(rows, 2 * size, seed=seed, scale=scale),), dtype)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -49,7 +49,7 @@ def test_far_gates_close_or_pass_and_what_is_not_finite_stays_where_it_is(path):
     inf, nan = float("inf"), float("nan")
     gate = torch.tensor([0.0, -200.0, -88.0, 88.0, 200.0, inf, -inf, nan, 1.0, 1.0, 3e38])
     up = torch.tensor([1e4, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, nan, inf, 0.5])
-    check_budget(OPERATOR, path, (torch.cat((gate, up)).double()[None],), torch.float32)
+    assert_within_budget(OPERATOR, path, (torch.cat((gate, up)).double()[None],), torch.float32)
     value = run(OPERATOR, path, (torch.cat((gate, up)).double()[None],), torch.float32)[0][0]
     assert value[[0, 1]].tolist() == [0.0, 0.0]
     assert value[4:6].tolist() == [400.0, inf]
@@ -114,4 +114,4 @@ def test_offsets_beyond_two_billion_elements_hit_their_tensors():
 
 @pytest.mark.slow
 def test_it_is_one_node_of_a_graph():
-    check_node(OPERATOR, (rounded(5, 16, seed=4).float().requires_grad_(),))
+    assert_is_node(OPERATOR, (rounded(5, 16, seed=4).float().requires_grad_(),))

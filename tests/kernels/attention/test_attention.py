@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import settings
 from hypothesis import strategies as st
-from operator_checks import check_budget, check_node, rounded, run, usable
+from operator_checks import assert_is_node, assert_within_budget, rounded, run, usable
 
 from marrow.kernels.attention.attention import OPERATOR, attention, attention_reference, pack
 
@@ -58,7 +58,7 @@ def plain_torch(given, dtype):
     return [result.detach(), *torch.autograd.grad(result, leaves, grad)]
 
 
-def check(path, given, dtype):
+def assert_near_fp64(path, given, dtype):
     # Backward finds p again as exp(s - lse): an ulp of the largest score is an error of p, the same for all
     # that a query adds, and the heads of a group add up. And p (dp - delta) cancels where a query sees few
     # keys: dp is a sum of D products with a gradient that is 4 at most, and delta has the error of o.
@@ -70,7 +70,7 @@ def check(path, given, dtype):
     terms = (0.0, term * float(k.abs().max()), group * term * float(q.abs().max()), group * score * 4)
     if dtype != torch.float32:
         terms = (0.0, *(float(v.abs().max() * x.abs().max()) for x in (k, q)))
-    check_budget(OPERATOR, path, given, dtype, plain=plain_torch, terms=terms)
+    assert_within_budget(OPERATOR, path, given, dtype, plain=plain_torch, terms=terms)
 
 
 def by_hand(given):
@@ -98,7 +98,7 @@ def test_the_reference_sees_each_document_as_if_it_were_alone(layout, window, so
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (1, 0.0), (3, 0.0), (0, 2.0)])
 def test_value_and_gradients_stay_within_the_error_budget(path, layout, dtype, window, softcap):
-    check(path, inputs(LAYOUTS[layout], window=window, softcap=softcap), dtype)
+    assert_near_fp64(path, inputs(LAYOUTS[layout], window=window, softcap=softcap), dtype)
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path == "triton"])
@@ -116,7 +116,7 @@ def test_value_and_gradients_stay_within_the_error_budget(path, layout, dtype, w
 )
 def test_kernels_stay_within_the_error_budget_at_the_edges_of_blocks(path, dtype, lengths, options):
     """Blocks are of 32 queries and 16 keys in the interpreter."""
-    check(path, inputs(lengths, **options), dtype)
+    assert_near_fp64(path, inputs(lengths, **options), dtype)
 
 
 @pytest.mark.parametrize("path", [path for path in FAST if path != "reference"])
@@ -134,7 +134,7 @@ def test_any_packing_stays_within_the_error_budget(path, dtype, rows, group, kv_
     longest = max(sum(row) for row in rows)
     rows = [[*row, longest - sum(row)] if sum(row) < longest else row for row in rows]
     given = inputs(rows, heads=group * kv_heads, kv_heads=kv_heads, size=size, window=window, seed=seed)
-    check(path, given, dtype)
+    assert_near_fp64(path, given, dtype)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -295,7 +295,7 @@ def test_the_reference_keeps_its_public_form():
 @pytest.mark.slow
 def test_it_is_one_node_of_a_graph():
     q, k, v, *rest = inputs([[5, 7]])
-    check_node(OPERATOR, (*(x.float().requires_grad_() for x in (q, k, v)), *rest))
+    assert_is_node(OPERATOR, (*(x.float().requires_grad_() for x in (q, k, v)), *rest))
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from operator_checks import ULP, check_near, check_node, filled_with_nan, rounded, usable
+from operator_checks import ULP, assert_is_node, assert_near, filled_with_nan, rounded, usable
 
 from marrow.kernels.attention import paged_attention as module
 from marrow.kernels.attention import paged_flash
@@ -76,7 +76,7 @@ class Case:
             rows.append((scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(0, 1))
         return torch.cat(rows)
 
-    def check(self, path, window=0, softcap=0.0, codes=None):
+    def assert_near_fp64(self, path, window=0, softcap=0.0, codes=None):
         given = self.arguments(window, softcap)
         before = [x.clone() if isinstance(x, torch.Tensor) else x for x in given]
         with filled_with_nan():
@@ -84,7 +84,7 @@ class Case:
         exact, plain = (self.by_dense(dtype, window, softcap) for dtype in (torch.float64, self.q.dtype))
         # A mean of many values cancels: an ulp of their size counts.
         term = max((float(v.abs().mean()) for _, v in self.dense if len(v)), default=0.0)
-        check_near(result, plain, exact, term=term, what=f"{path} {self.lengths} {self.queries}")
+        assert_near(result, plain, exact, term=term, what=f"{path} {self.lengths} {self.queries}")
         for now, then in zip(given, before, strict=True):
             if isinstance(now, torch.Tensor):
                 assert torch.equal(now.view(torch.uint8), then.view(torch.uint8)), "an input was written"
@@ -106,7 +106,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_it_equals_dense_attention_within_the_error_budget(path, case, dtype):
-    Case(*CASES[case], dtype=dtype).check(path)
+    Case(*CASES[case], dtype=dtype).assert_near_fp64(path)
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path == "triton"])
@@ -121,14 +121,14 @@ def test_it_equals_dense_attention_within_the_error_budget(path, case, dtype):
     ],
 )
 def test_the_kernel_stays_within_the_error_budget(path, dtype, lengths, queries, options):
-    Case(lengths, queries, dtype=dtype, **options).check(path)
+    Case(lengths, queries, dtype=dtype, **options).assert_near_fp64(path)
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("window", "softcap"), [(1, 0.0), (5, 0.0), (70, 0.0), (0, 2.0)])
 def test_windows_and_softcaps_stay_within_the_error_budget(path, window, softcap):
     case = Case([70, 3, 12], [2, 3, 1], heads=2, kv_heads=1, block=16, seed=1)
-    case.check(path, window, softcap)
+    case.assert_near_fp64(path, window, softcap)
 
 
 @pytest.mark.parametrize("path", [path for path in FAST if path != "reference"])
@@ -149,7 +149,7 @@ def test_any_mix_of_prompts_and_decoding_equals_dense_attention(
 ):
     lengths, queries = [max(pair) for pair in sequences], [min(min(pair), 40) for pair in sequences]
     heads = {"heads": group * kv_heads, "kv_heads": kv_heads, "size": size, "block": block}
-    Case(lengths, queries, **heads, dtype=dtype, codes=codes, seed=seed).check(path, window)
+    Case(lengths, queries, **heads, dtype=dtype, codes=codes, seed=seed).assert_near_fp64(path, window)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -157,7 +157,7 @@ def test_any_mix_of_prompts_and_decoding_equals_dense_attention(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_quantised_cache_is_read_as_what_it_stands_for(path, codes, dtype):
     """Against fp64 of the dequantised numbers; the error of quantising itself is the next test's."""
-    Case([20, 3], [2, 1], size=16, block=16, codes=codes, dtype=dtype).check(path)
+    Case([20, 3], [2, 1], size=16, block=16, codes=codes, dtype=dtype).assert_near_fp64(path)
 
 
 @pytest.mark.parametrize(("codes", "most"), [(torch.int8, 0.5 / 127), (torch.float8_e4m3fn, 2.0**-4)])
@@ -214,7 +214,7 @@ def test_a_query_that_sees_nothing_gets_zeros(path):
 @pytest.mark.parametrize("path", PATHS)
 def test_sequences_without_queries_and_empty_calls_work(path):
     case = Case([5, 8, 3], [2, 0, 1], block=16)
-    case.check(path)
+    case.assert_near_fp64(path)
     assert OPERATOR.run(path, *Case([5], [0]).arguments()).shape == (0, 4, 8)
 
 
@@ -250,7 +250,7 @@ def test_splits_of_the_keys_add_up_to_the_whole(path, monkeypatch):
             monkeypatch.setattr(module, "SPLIT_KEYS", 64 if split else 1 << 20)
         else:
             monkeypatch.setattr(paged_flash, "_splits", lambda *given, split=split: 4 if split else 1)
-        results.append(case.check(path))
+        results.append(case.assert_near_fp64(path))
     assert not torch.equal(*results)  # or nothing was split
     torch.testing.assert_close(*results, rtol=0, atol=4 * ULP[torch.float32] * results[0].abs().max().item())
 
@@ -307,4 +307,4 @@ def test_the_public_function_takes_scales_and_bounds():
 
 @pytest.mark.slow
 def test_it_is_one_node_of_a_graph():
-    check_node(OPERATOR, Case([9, 12], [1, 4]).arguments())
+    assert_is_node(OPERATOR, Case([9, 12], [1, 4]).arguments())

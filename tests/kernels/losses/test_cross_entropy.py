@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import settings
 from hypothesis import strategies as st
-from operator_checks import check_budget, check_node, rounded, usable
+from operator_checks import assert_is_node, assert_within_budget, rounded, usable
 
 from marrow.kernels.losses.cross_entropy import (
     IGNORE,
@@ -36,12 +36,12 @@ def inputs(rows: int, vocab: int, options=PLAIN, seed: int = 0, scale: float = 3
 @pytest.mark.parametrize("options", [PLAIN, SMOOTHED])
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (3, 2), (2, 17), (2, 127), (2, 128), (2, 129)])
 def test_values_and_gradients_stay_within_the_error_budget(path, dtype, options, rows, vocab):
-    check_budget(OPERATOR, path, inputs(rows, vocab, options), dtype)
+    assert_within_budget(OPERATOR, path, inputs(rows, vocab, options), dtype)
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_row_of_many_blocks_stays_within_the_error_budget(path):
-    check_budget(OPERATOR, path, inputs(2, 4096 * 2 + 3, SMOOTHED), torch.float32)
+    assert_within_budget(OPERATOR, path, inputs(2, 4096 * 2 + 3, SMOOTHED), torch.float32)
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "triton"])
@@ -54,7 +54,7 @@ def test_a_row_of_many_blocks_stays_within_the_error_budget(path):
     scale=st.sampled_from([0.01, 1.0, 30.0]),
 )
 def test_any_shape_stays_within_the_error_budget(path, dtype, rows, vocab, seed, scale):
-    check_budget(OPERATOR, path, inputs(rows, vocab, SMOOTHED, seed, scale), dtype)
+    assert_within_budget(OPERATOR, path, inputs(rows, vocab, SMOOTHED, seed, scale), dtype)
 
 
 def test_it_is_torch_s_own():
@@ -162,4 +162,4 @@ def test_offsets_beyond_two_billion_elements_hit_their_tensors():
 @pytest.mark.slow
 def test_it_is_one_node_of_a_graph():
     logits, targets, *options = inputs(5, 8, SMOOTHED)
-    check_node(OPERATOR, (logits.float().requires_grad_(), targets, *options))
+    assert_is_node(OPERATOR, (logits.float().requires_grad_(), targets, *options))

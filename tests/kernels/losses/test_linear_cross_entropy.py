@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import settings
 from hypothesis import strategies as st
-from operator_checks import check_near, filled_with_nan, rounded, usable
+from operator_checks import assert_near, filled_with_nan, rounded, usable
 
 from marrow.kernels import dispatch
 from marrow.kernels.losses import chunks as chunking
@@ -40,7 +40,7 @@ def run(function, hidden, weight, dtype):
         return [loss.detach(), *torch.autograd.grad(loss / 3, leaves)]
 
 
-def check(path, given, options, dtype):
+def assert_near_fp64(path, given, options, dtype):
     hidden, weight, targets = given
     before = [each.clone() for each in given]
 
@@ -56,7 +56,7 @@ def check(path, given, options, dtype):
     terms = 0.0, *(float(each.detach().abs().max()) for each in (weight, hidden))
     for a, b, c, term in zip(found, theirs, exact, terms, strict=True):
         assert a.dtype == b.dtype
-        check_near(a, b, c, term=term, what=f"{path} {dtype}")
+        assert_near(a, b, c, term=term, what=f"{path} {dtype}")
     assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
 
 
@@ -66,7 +66,7 @@ def check(path, given, options, dtype):
 @pytest.mark.parametrize("options", [PLAIN, SMOOTHED])
 @pytest.mark.parametrize(("rows", "channels", "vocab"), [(1, 1, 1), (2, 3, 2), (7, 16, 129)])
 def test_loss_and_gradients_stay_within_the_error_budget(path, dtype, options, rows, channels, vocab):
-    check(path, inputs(rows, channels, vocab), options, dtype)
+    assert_near_fp64(path, inputs(rows, channels, vocab), options, dtype)
 
 
 @pytest.mark.usefixtures("_chunked")
@@ -82,7 +82,7 @@ def test_loss_and_gradients_stay_within_the_error_budget(path, dtype, options, r
     seed=st.integers(0, 2**31),
 )
 def test_any_shape_stays_within_the_error_budget(path, dtype, rows, channels, vocab, seed):
-    check(path, inputs(rows, channels, vocab, seed), SMOOTHED, dtype)
+    assert_near_fp64(path, inputs(rows, channels, vocab, seed), SMOOTHED, dtype)
 
 
 @pytest.mark.usefixtures("_chunked")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import settings
 from hypothesis import strategies as st
-from operator_checks import check_budget, check_node, rounded, usable
+from operator_checks import assert_is_node, assert_within_budget, rounded, usable
 
 from marrow.core.errors import UsageError
 from marrow.kernels.losses import chunks as chunking
@@ -44,10 +44,10 @@ def plain(given, dtype):
     return [each.detach() for each in results] + list(torch.autograd.grad(wanted, leaves, grads))
 
 
-def check(path, given, dtype):
+def assert_near_fp64(path, given, dtype):
     # Gradients of logits, p at most 1 each way, cancel in sums with the other factor's values.
     terms = 0.0, 0.0, *(2 * float(each.abs().max()) for each in (given[1], given[0]))
-    check_budget(OPERATOR, path, given, dtype, plain=plain, terms=terms)
+    assert_within_budget(OPERATOR, path, given, dtype, plain=plain, terms=terms)
 
 
 @pytest.mark.usefixtures("_chunked")
@@ -56,7 +56,7 @@ def check(path, given, dtype):
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(("rows", "channels", "vocab"), [(1, 1, 1), (2, 3, 2), (7, 16, 129)])
 def test_values_and_gradients_stay_within_the_error_budget(path, dtype, options, rows, channels, vocab):
-    check(path, inputs(rows, channels, vocab, options), dtype)
+    assert_near_fp64(path, inputs(rows, channels, vocab, options), dtype)
 
 
 @pytest.mark.usefixtures("_chunked")
@@ -72,7 +72,7 @@ def test_values_and_gradients_stay_within_the_error_budget(path, dtype, options,
     seed=st.integers(0, 2**31),
 )
 def test_any_shape_stays_within_the_error_budget(path, dtype, rows, channels, vocab, seed):
-    check(path, inputs(rows, channels, vocab, OPTIONS[1], seed), dtype)
+    assert_near_fp64(path, inputs(rows, channels, vocab, OPTIONS[1], seed), dtype)
 
 
 def test_a_gradient_is_that_of_finite_differences():
@@ -135,4 +135,4 @@ def test_views_and_empty_inputs_work():
 @pytest.mark.slow
 def test_it_is_one_node_of_a_graph():
     hidden, weight, *rest = inputs(5, 4, 8, OPTIONS[1])
-    check_node(OPERATOR, (hidden.float().requires_grad_(), weight.float().requires_grad_(), *rest))
+    assert_is_node(OPERATOR, (hidden.float().requires_grad_(), weight.float().requires_grad_(), *rest))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from operator_checks import check_node, filled_with_nan, usable
+from operator_checks import assert_is_node, filled_with_nan, usable
 
 from marrow.core.errors import UsageError
 from marrow.kernels.matmul.fake_quantise import OPERATOR, fake_quantise
@@ -69,4 +69,4 @@ def test_another_format_is_refused():
 @pytest.mark.slow
 def test_it_is_one_node_of_a_graph():
     torch._dynamo.reset()  # operators share the checked function; dynamo recompiles one 8 times at most
-    check_node(OPERATOR, (torch.randn(4, 64, requires_grad=True), "int4z", 1, 32))
+    assert_is_node(OPERATOR, (torch.randn(4, 64, requires_grad=True), "int4z", 1, 32))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from operator_checks import check_near, filled_with_nan, rounded, usable
+from operator_checks import assert_near, filled_with_nan, rounded, usable
 
 from marrow.kernels.matmul.fp8_linear import OPERATOR, fp8_linear, fp8_linear_reference, quantise_to_fp8
 
@@ -18,7 +18,7 @@ def inputs(rows: int, outputs: int, columns: int, rounds_rows: bool, seed: int =
     return x, *quantise_to_fp8(weight.float()), rounds_rows
 
 
-def check_budget(path: str, given, dtype: torch.dtype) -> None:
+def assert_within_budget(path: str, given, dtype: torch.dtype) -> None:
     """As operator_checks does it; fp8 tensors lack what that needs to see that inputs are unchanged."""
     x, weight, scales, rounds_rows = given
     bits, own = weight.view(torch.uint8).clone(), x.to(dtype)
@@ -29,7 +29,7 @@ def check_budget(path: str, given, dtype: torch.dtype) -> None:
     assert y.dtype == dtype
     exact = fp8_linear_reference(x, weight, scales, rounds_rows)
     plain = fp8_linear_reference(x.to(dtype), weight, scales, rounds_rows)
-    check_near(y, plain, exact, what=f"{path} {dtype}")
+    assert_near(y, plain, exact, what=f"{path} {dtype}")
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -39,7 +39,7 @@ def check_budget(path: str, given, dtype: torch.dtype) -> None:
     ("rows", "outputs", "columns"), [(1, 1, 1), (3, 16, 128), (8, 130, 20), (9, 129, 260), (17, 40, 131)]
 )
 def test_values_stay_within_the_error_budget(path, dtype, rounds_rows, rows, outputs, columns):
-    check_budget(path, inputs(rows, outputs, columns, rounds_rows), dtype)
+    assert_within_budget(path, inputs(rows, outputs, columns, rounds_rows), dtype)
 
 
 @pytest.mark.skipif("cpu" not in PATHS, reason="no C compiler")
@@ -53,7 +53,7 @@ def test_values_stay_within_the_error_budget(path, dtype, rounds_rows, rows, out
     seed=st.integers(0, 2**31),
 )
 def test_any_shape_stays_within_the_error_budget(dtype, rows, outputs, columns, rounds_rows, seed):
-    check_budget("cpu", inputs(rows, outputs, columns, rounds_rows, seed), dtype)
+    assert_within_budget("cpu", inputs(rows, outputs, columns, rounds_rows, seed), dtype)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from operator_checks import check_budget, check_node, rounded, run, usable
+from operator_checks import assert_is_node, assert_within_budget, rounded, run, usable
 
 from marrow.kernels.matmul.grouped_linear import OPERATOR, grouped_linear
 
@@ -34,7 +34,7 @@ CASES = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("counts", "rest", "outputs", "columns"), CASES)
 def test_values_and_gradients_stay_within_the_error_budget(path, dtype, counts, rest, outputs, columns):
-    check_budget(OPERATOR, path, inputs(counts, rest, outputs, columns), dtype)
+    assert_within_budget(OPERATOR, path, inputs(counts, rest, outputs, columns), dtype)
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "triton"])
@@ -48,7 +48,7 @@ def test_values_and_gradients_stay_within_the_error_budget(path, dtype, counts, 
     seed=st.integers(0, 2**31),
 )
 def test_any_shape_stays_within_the_error_budget(path, dtype, counts, rest, outputs, columns, seed):
-    check_budget(OPERATOR, path, inputs(tuple(counts), rest, outputs, columns, seed), dtype)
+    assert_within_budget(OPERATOR, path, inputs(tuple(counts), rest, outputs, columns, seed), dtype)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -94,4 +94,4 @@ def test_it_is_a_linear_layer_where_there_is_one_expert():
 def test_it_is_one_node_of_a_graph():
     torch._dynamo.reset()  # operators share the checked function; dynamo recompiles one 8 times at most
     x, weight, offsets = inputs((2, 0, 3), 1, 8, 16)
-    check_node(OPERATOR, (x.float().requires_grad_(), weight.float().requires_grad_(), offsets))
+    assert_is_node(OPERATOR, (x.float().requires_grad_(), weight.float().requires_grad_(), offsets))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from operator_checks import check_budget, check_node, rounded, run, usable
+from operator_checks import assert_is_node, assert_within_budget, rounded, run, usable
 
 from marrow.core.errors import UsageError
 from marrow.kernels.matmul.int4_linear import (
@@ -100,7 +100,7 @@ def test_rows_of_8_bits_err_as_stated():
 )
 def test_values_stay_within_the_error_budget(path, dtype, rows, outputs, inputs, group):
     packed = random_weight(outputs, inputs, group, rows)
-    check_budget(OPERATOR, path, (rounded(rows, inputs, seed=rows), *packed), dtype)
+    assert_within_budget(OPERATOR, path, (rounded(rows, inputs, seed=rows), *packed), dtype)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -228,7 +228,7 @@ def test_shapes_that_cannot_be_packed_are_refused():
 @pytest.mark.slow
 def test_it_is_one_node_of_a_graph():
     torch._dynamo.reset()  # operators share the checked function; dynamo recompiles one 8 times at most
-    check_node(OPERATOR, (rounded(3, 64, seed=18).float(), *random_weight(16, 64, 32, 19)))
+    assert_is_node(OPERATOR, (rounded(3, 64, seed=18).float(), *random_weight(16, 64, 32, 19)))
 
 
 def test_fresh_numbers_agree_with_the_oracle():

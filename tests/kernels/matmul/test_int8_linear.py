@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from operator_checks import check_budget, check_node, rounded, run, usable
+from operator_checks import assert_is_node, assert_within_budget, rounded, run, usable
 
 from marrow.kernels.matmul.int8_linear import (
     OPERATOR,
@@ -82,7 +82,7 @@ def test_any_shape_agrees_with_the_reference(use_tiles, rows, outputs, inputs, s
 @pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 16, 64), (3, 13, 100), (17, 80, 192)])
 def test_unrounded_rows_stay_within_the_error_budget(path, dtype, rows, outputs, inputs):
     weight, scales = random_weight(outputs, inputs, rows)
-    check_budget(OPERATOR, path, (rounded(rows, inputs, seed=rows), weight, scales, False), dtype)
+    assert_within_budget(OPERATOR, path, (rounded(rows, inputs, seed=rows), weight, scales, False), dtype)
 
 
 def test_rows_of_8_bits_err_as_stated():
@@ -144,7 +144,7 @@ def test_threads_change_nothing(rows):
 @pytest.mark.parametrize("rounds_rows", [True, False])
 def test_it_is_one_node_of_a_graph(rounds_rows):
     torch._dynamo.reset()  # operators share the checked function; dynamo recompiles one 8 times at most
-    check_node(OPERATOR, (rounded(3, 64, seed=9).float(), *random_weight(16, 64, 10), rounds_rows))
+    assert_is_node(OPERATOR, (rounded(3, 64, seed=9).float(), *random_weight(16, 64, 10), rounds_rows))
 
 
 def test_fresh_numbers_agree_with_torch():

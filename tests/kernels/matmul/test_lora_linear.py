@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from operator_checks import check_budget, check_node, rounded, run, usable
+from operator_checks import assert_is_node, assert_within_budget, rounded, run, usable
 
 from marrow.kernels.matmul.lora_linear import OPERATOR, dora_gains, lora_linear
 
@@ -44,7 +44,9 @@ CASES = [
 def test_values_and_gradients_stay_within_the_error_budget(
     path, dtype, rows, outputs, columns, rank, adapters, has_gains
 ):
-    check_budget(OPERATOR, path, inputs(rows, outputs, columns, rank, adapters, has_gains=has_gains), dtype)
+    assert_within_budget(
+        OPERATOR, path, inputs(rows, outputs, columns, rank, adapters, has_gains=has_gains), dtype
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -59,7 +61,7 @@ def test_values_and_gradients_stay_within_the_error_budget(
 )
 def test_any_mixture_stays_within_the_error_budget(dtype, adapters, outputs, columns, rank, has_gains, seed):
     given = inputs(len(adapters), outputs, columns, rank, tuple(adapters), has_gains=has_gains, seed=seed)
-    check_budget(OPERATOR, "torch", given, dtype)
+    assert_within_budget(OPERATOR, "torch", given, dtype)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -121,4 +123,4 @@ def test_it_is_one_node_of_a_graph(adapters):
     torch._dynamo.reset()  # operators share the checked function; dynamo recompiles one 8 times at most
     given = inputs(3, 8, 16, 2, adapters, has_gains=True)
     places = (0, 1, 2, 3, 6)
-    check_node(OPERATOR, [x.float().requires_grad_() if i in places else x for i, x in enumerate(given)])
+    assert_is_node(OPERATOR, [x.float().requires_grad_() if i in places else x for i, x in enumerate(given)])

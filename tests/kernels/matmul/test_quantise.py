@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from operator_checks import check_node, run, usable
+from operator_checks import assert_is_node, run, usable
 
 from marrow.core.errors import UsageError
 from marrow.kernels.matmul.quantise import (
@@ -138,5 +138,5 @@ def test_another_format_is_refused():
 def test_it_is_one_node_of_a_graph():
     torch._dynamo.reset()  # operators share the checked function; dynamo recompiles one 8 times at most
     x = numbers(4, 64, 5)
-    check_node(OPERATOR, (x, "int4z", 1, 32))
-    check_node(DEQUANTISE, (*quantise(x, "int4z", 1, 32), torch.bfloat16, 1, 32))
+    assert_is_node(OPERATOR, (x, "int4z", 1, 32))
+    assert_is_node(DEQUANTISE, (*quantise(x, "int4z", 1, 32), torch.bfloat16, 1, 32))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import settings
 from hypothesis import strategies as st
-from operator_checks import check_budget, check_node, rounded, run, usable
+from operator_checks import assert_is_node, assert_within_budget, rounded, run, usable
 from thread_counts import one_and_two
 
 from marrow.kernels import tile
@@ -48,7 +48,7 @@ def largest_terms(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps
 )
 def test_values_and_gradients_stay_within_the_error_budget(path, dtype, has_bias, rows, columns):
     given = inputs(rows, columns, has_bias=has_bias)
-    check_budget(OPERATOR, path, given, dtype, terms=largest_terms(*given))
+    assert_within_budget(OPERATOR, path, given, dtype, terms=largest_terms(*given))
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "triton"])
@@ -57,7 +57,7 @@ def test_values_and_gradients_stay_within_the_error_budget(path, dtype, has_bias
 @hypothesis.given(rows=st.integers(1, 40), columns=st.integers(1, 300), seed=st.integers(0, 2**31))
 def test_any_shape_stays_within_the_error_budget(path, dtype, rows, columns, seed):
     given = inputs(rows, columns, seed)
-    check_budget(OPERATOR, path, given, dtype, terms=largest_terms(*given))
+    assert_within_budget(OPERATOR, path, given, dtype, terms=largest_terms(*given))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -136,4 +136,4 @@ def test_offsets_beyond_two_billion_elements_hit_their_tensors():
 @pytest.mark.slow
 def test_it_is_one_node_of_a_graph():
     *leaves, eps = inputs(5, 8)
-    check_node(OPERATOR, (*(leaf.float().requires_grad_() for leaf in leaves), eps))
+    assert_is_node(OPERATOR, (*(leaf.float().requires_grad_() for leaf in leaves), eps))

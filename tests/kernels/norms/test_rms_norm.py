@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import settings
 from hypothesis import strategies as st
-from operator_checks import check_budget, check_node, rounded, run, usable
+from operator_checks import assert_is_node, assert_within_budget, rounded, run, usable
 from thread_counts import one_and_two
 
 from marrow.kernels import tile
@@ -43,7 +43,7 @@ def largest_terms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[fl
 )
 def test_values_and_gradients_stay_within_the_error_budget(path, dtype, rows, columns):
     given = inputs(rows, columns)
-    check_budget(OPERATOR, path, given, dtype, terms=largest_terms(*given))
+    assert_within_budget(OPERATOR, path, given, dtype, terms=largest_terms(*given))
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "triton"])
@@ -52,7 +52,7 @@ def test_values_and_gradients_stay_within_the_error_budget(path, dtype, rows, co
 @hypothesis.given(rows=st.integers(1, 40), columns=st.integers(1, 300), seed=st.integers(0, 2**31))
 def test_any_shape_stays_within_the_error_budget(path, dtype, rows, columns, seed):
     given = inputs(rows, columns, seed)
-    check_budget(OPERATOR, path, given, dtype, terms=largest_terms(*given))
+    assert_within_budget(OPERATOR, path, given, dtype, terms=largest_terms(*given))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -64,7 +64,7 @@ def test_a_row_that_is_not_finite_spoils_no_other(path):
     assert y[2, 0].isnan()  # infinity times a scale of 0
     assert (y[2, 1:] == 0).all()
     assert y[[0, 3]].isfinite().all()
-    check_budget(OPERATOR, path, (x[[0, 3]], weight, eps), torch.float32)
+    assert_within_budget(OPERATOR, path, (x[[0, 3]], weight, eps), torch.float32)
 
 
 def test_a_gradient_is_that_of_finite_differences():
@@ -110,7 +110,7 @@ def test_threads_change_nothing():
 def test_many_rows_cost_the_weight_s_gradient_no_digits(path):
     """Summed one by one in fp32, 5000 rows would err by tens of ulp."""
     given = inputs(5000, 3)
-    check_budget(OPERATOR, path, given, torch.float32, terms=(0.0, float("inf"), 0.0))
+    assert_within_budget(OPERATOR, path, given, torch.float32, terms=(0.0, float("inf"), 0.0))
 
 
 def test_statistics_do_not_overflow_half_precision():
@@ -140,4 +140,4 @@ def test_offsets_beyond_two_billion_elements_hit_their_tensors():
 @pytest.mark.slow
 def test_it_is_one_node_of_a_graph():
     x, weight, eps = inputs(5, 8)
-    check_node(OPERATOR, (x.float().requires_grad_(), weight.float().requires_grad_(), eps))
+    assert_is_node(OPERATOR, (x.float().requires_grad_(), weight.float().requires_grad_(), eps))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from operator_checks import check_near, rounded, usable
+from operator_checks import assert_near, rounded, usable
 from thread_counts import one_and_two
 
 from marrow.kernels.optimisers.adamw import OPERATOR, adamw
@@ -47,7 +47,7 @@ def step(path: str, lists: Lists, dtypes: tuple[Any, ...], count: int = 1, **fac
     return given
 
 
-def check(path: str, kinds: tuple[Any, ...], shapes: list[Any], seed: int, **factors: Any) -> None:
+def assert_near_fp64(path: str, kinds: tuple[Any, ...], shapes: list[Any], seed: int, **factors: Any) -> None:
     lists = inputs(kinds, shapes, seed)
     wide = tuple(kind and F64 for kind in kinds)
     ours, plain = step(path, lists, kinds, **factors), step("reference", lists, kinds, **factors)
@@ -56,13 +56,13 @@ def check(path: str, kinds: tuple[Any, ...], shapes: list[Any], seed: int, **fac
         for number, (a, b, c) in enumerate(zip(ours[name], plain[name], exact[name], strict=True)):
             # A parameter is a difference, a moment a sum of two: their ulp is that of the larger term.
             term = 4.0 if name != "squares" else 16.0  # normal numbers are below 4 or so
-            check_near(a, b, c, term=term, what=f"{path} {kinds} {name}[{number}]")
+            assert_near(a, b, c, term=term, what=f"{path} {kinds} {name}[{number}]")
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kinds", KINDS)
 def test_a_step_stays_within_the_error_budget(path, kinds):
-    check(path, kinds, SHAPES, seed=1, count=3)
+    assert_near_fp64(path, kinds, SHAPES, seed=1, count=3)
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "triton"])
@@ -75,7 +75,7 @@ def test_a_step_stays_within_the_error_budget(path, kinds):
     decay=st.sampled_from([0.0, 0.1]),
 )
 def test_any_list_stays_within_the_error_budget(path, kinds, sizes, seed, count, decay):
-    check(path, kinds, [(size,) for size in sizes], seed, count=count, weight_decay=decay)
+    assert_near_fp64(path, kinds, [(size,) for size in sizes], seed, count=count, weight_decay=decay)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -130,7 +130,7 @@ def test_threads_change_nothing():
 
 
 def test_nothing_to_do_is_fine():
-    adamw([], [], [], [], lr=0.1, step=1)
+    assert adamw([], [], [], [], lr=0.1, step=1) is None
 
 
 def test_what_does_not_fit_is_refused():

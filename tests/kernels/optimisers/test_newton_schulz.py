@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from operator_checks import check_budget, check_node, rounded, usable
+from operator_checks import assert_is_node, assert_within_budget, rounded, usable
 
 from marrow.kernels.optimisers.newton_schulz import OPERATOR, A, B, C, newton_schulz
 
@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 13, 40), (1, 65, 70), (3, 64, 64)])
 def test_it_stays_within_the_error_budget(path, dtype, shape):
-    check_budget(OPERATOR, path, (rounded(*shape, seed=1), 5), dtype)
+    assert_within_budget(OPERATOR, path, (rounded(*shape, seed=1), 5), dtype)
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "triton"])
@@ -31,7 +31,7 @@ def test_it_stays_within_the_error_budget(path, dtype, shape):
     seed=st.integers(0, 2**31),
 )
 def test_any_shape_stays_within_the_error_budget(path, dtype, matrices, rows, more, steps, seed):
-    check_budget(OPERATOR, path, (rounded(matrices, rows, rows + more, seed=seed), steps), dtype)
+    assert_within_budget(OPERATOR, path, (rounded(matrices, rows, rows + more, seed=seed), steps), dtype)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -73,4 +73,4 @@ def test_zeros_stay_zeros_and_views_and_empty_inputs_work(path):
 
 @pytest.mark.slow
 def test_it_is_one_node_of_a_graph():
-    check_node(OPERATOR, (rounded(2, 5, 8, seed=7).float(), 3))
+    assert_is_node(OPERATOR, (rounded(2, 5, 8, seed=7).float(), 3))

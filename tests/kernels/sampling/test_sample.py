@@ -61,7 +61,7 @@ def random_rows(seed: int, largest: int = 3000) -> tuple[torch.Tensor, list[Draw
     return logits, draws
 
 
-def check_like_the_sort(path, seed, largest=3000):
+def assert_like_the_sort(path, seed, largest=3000):
     """Tokens, numbers of kept tokens and lists are those of the reference; log probabilities within fp32."""
     logits, draws = random_rows(seed, largest)
     before = logits.clone()
@@ -77,20 +77,20 @@ def check_like_the_sort(path, seed, largest=3000):
 @pytest.mark.parametrize("seed", range(150))
 def test_what_is_kept_and_drawn_is_what_a_sort_keeps_and_draws(seed):
     for path in FAST:
-        check_like_the_sort(path, seed)
+        assert_like_the_sort(path, seed)
 
 
 @pytest.mark.skipif("triton" not in PATHS, reason="needs Triton or its interpreter")
 @pytest.mark.parametrize("seed", range(6))
 def test_the_triton_path_keeps_and_draws_the_same(seed):
-    check_like_the_sort("triton", seed, largest=100)
+    assert_like_the_sort("triton", seed, largest=100)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif("triton" not in PATHS, reason="needs Triton or its interpreter")
 @pytest.mark.parametrize("seed", range(100, 140))
 def test_the_triton_path_keeps_and_draws_the_same_in_many_blocks(seed):
-    check_like_the_sort("triton", seed)
+    assert_like_the_sort("triton", seed)
 
 
 def test_a_large_vocabulary_is_no_different():

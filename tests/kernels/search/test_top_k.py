@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_checks import ULP, check_node, filled_with_nan, usable
+from operator_checks import ULP, assert_is_node, filled_with_nan, usable
 from torch import Tensor
 
 from marrow.core.errors import UsageError
@@ -199,8 +199,8 @@ def test_a_file_in_memory_is_searched_in_place(tmp_path: Path) -> None:
 
 
 def test_the_operator_is_a_node_of_a_graph() -> None:
-    check_node(OPERATOR, (whole(50, 16, seed=12), whole(2, 16, seed=13), 3, None))
-    check_node(OPERATOR, (whole(50, 16, seed=12), whole(2, 16, seed=13), 3, torch.arange(0, 50, 7)))
+    assert_is_node(OPERATOR, (whole(50, 16, seed=12), whole(2, 16, seed=13), 3, None))
+    assert_is_node(OPERATOR, (whole(50, 16, seed=12), whole(2, 16, seed=13), 3, torch.arange(0, 50, 7)))
 
 
 @pytest.mark.parametrize("queries", [1, 16])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_checks import check_node, filled_with_nan, usable
+from operator_checks import assert_is_node, filled_with_nan, usable
 from torch import Tensor
 
 from marrow.core.errors import UsageError
@@ -214,7 +214,7 @@ def test_the_public_function_takes_a_mask() -> None:
 
 def test_the_operator_is_a_node_of_a_graph() -> None:
     vectors = torch.randn(50, 16)
-    check_node(OPERATOR, (vectors, *quantise_vectors(vectors), torch.randn(2, 16), 3, None))
+    assert_is_node(OPERATOR, (vectors, *quantise_vectors(vectors), torch.randn(2, 16), 3, None))
 
 
 def test_codes_need_not_be_contiguous() -> None:

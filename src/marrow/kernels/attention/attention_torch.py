@@ -25,6 +25,7 @@ def forward_torch(
     """Torch's fused kernels where they can, or products of all queries with all keys."""
     if not q_NHD.numel():
         return torch.empty_like(q_NHD), q_NHD.new_empty(q_NHD.shape[1], 0, dtype=torch.float32)
+    q_NHD, k_NKD, v_NKD = q_NHD.contiguous(), k_NKD.contiguous(), v_NKD.contiguous()
     q_BHTD, k_BKSD, v_BKSD = (rows_of(x, row_tokens) for x in (q_NHD, k_NKD, v_NKD))
     is_plain = is_whole and not window
     if softcap or (q_NHD.is_cuda and not (is_plain and _is_half(q_NHD))):
@@ -62,6 +63,7 @@ def backward_torch(
     """Torch's fused backward, or products where that is slower."""
     if not q_NHD.numel():
         return torch.empty_like(q_NHD), torch.empty_like(k_NKD), torch.empty_like(v_NKD)
+    q_NHD, k_NKD, v_NKD = q_NHD.contiguous(), k_NKD.contiguous(), v_NKD.contiguous()
     is_plain, is_half = is_whole and not window, _is_half(q_NHD)
     is_slow = q_NHD.device.type == "cpu" and is_half and row_tokens <= LONGEST_PRODUCTS
     if is_slow or softcap or (q_NHD.is_cuda and not (is_plain and is_half)):

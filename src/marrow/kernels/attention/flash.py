@@ -287,7 +287,8 @@ def forward_triton(
     options = _options("attention", q_NHD, softcap)
     grid = heads, -(-tokens // options["BLOCK_M"])
     numbers = (tokens, heads, k_NKD.shape[1], window or tokens, head_size**-0.5, softcap)
-    tile.launch(_forward, grid, q_NHD, k_NKD, v_NKD, first_N.int(), o_NHD, lse_HN, *numbers, **options)
+    first_N = first_N.int().contiguous()
+    tile.launch(_forward, grid, q_NHD, k_NKD, v_NKD, first_N, o_NHD, lse_HN, *numbers, **options)
     return o_NHD, lse_HN
 
 
@@ -307,7 +308,7 @@ def backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Start a program for each block of keys and kv head, then one for each block of queries and head."""
     q_NHD, k_NKD, v_NKD = q_NHD.contiguous(), k_NKD.contiguous(), v_NKD.contiguous()
-    do_NHD, first_N, last_N = do_NHD.contiguous(), first_N.int(), last_N.int()
+    do_NHD, first_N, last_N = do_NHD.contiguous(), first_N.int().contiguous(), last_N.int().contiguous()
     tokens, heads, head_size = q_NHD.shape
     kv_heads, delta_HN = k_NKD.shape[1], torch.empty_like(lse_HN)
     dq_NHD, dk_NKD, dv_NKD = torch.empty_like(q_NHD), torch.empty_like(k_NKD), torch.empty_like(v_NKD)
