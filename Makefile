@@ -10,7 +10,7 @@ run: setup
 	$(BIN)/marrow run recipes/quickstart.toml
 
 # loadfile: what the tests of a file share is made once.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile
 
 test: lint
 	$(PYTEST) -m "not slow and not soak"
