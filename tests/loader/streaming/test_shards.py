@@ -466,7 +466,7 @@ def test_the_folder_may_be_deleted_while_shards_are_read(origin: Origin, tmp_pat
 def test_a_stopped_fetcher_does_not_stop_the_others(
     origin: Origin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch, "STUCK_S", 0.2)
+    monkeypatch.setattr(fetch, "STALLED_S", 0.2)
     origin.add(1, 40 * KB)
     cache = Cache(tmp_path, 1000 * KB)
     origin.proxy.fault = lambda request, n: Fault(wait_s=1) if n == 0 else None

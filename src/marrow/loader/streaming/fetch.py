@@ -24,9 +24,9 @@ from marrow.store.remote.client import Remote
 TRIES = 3
 # How long one waits for room that others hold before it is an error.
 PATIENCE_S = 60.0
-STUCK_S = 2.0  # after which two jobs that wait for each other's room are taken to
+STUCK_S = 2.0  # after which two jobs that wait for each other's room are taken to be stuck
 # How long another process's fetch may stand still before one does not wait for it any more.
-STUCK_S = 120.0
+STALLED_S = 120.0
 # How often one looks again at what only another process can change.
 POLL_S = 0.01
 CHUNK_BYTES = 4 << 20
@@ -274,7 +274,7 @@ class _Waiting:
 
     @property
     def is_stuck(self) -> bool:
-        return self.since_s is not None and time.monotonic() - self._moved_s > STUCK_S
+        return self.since_s is not None and time.monotonic() - self._moved_s > STALLED_S
 
     def look(self) -> None:
         now_s, written_ns = time.monotonic(), self._cache.part_written_ns(self._key)
