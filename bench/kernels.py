@@ -2,12 +2,12 @@
 
 One thread, malloc's thresholds raised for both sides, CPU time. In each round every side runs once (or as
 often as a few milliseconds hold), in another order; the figure is the ratio of medians, peer over ours, with
-the quartiles of the rounds' own ratios. Rows with a goal say whether it is met. The malloc row alone compares
-processes with and without the thresholds. Rows stand in `peers/kernel_rows.py`.
+the quartiles of the rounds' own ratios. A peer's line says whether its goal is met, if it has one. The malloc
+rows alone compare processes with and without the thresholds. Rows stand in `peers/*_rows.py`.
 
-    python bench/kernels.py [--rows NAME ...] [--seconds 4]
+    python bench/kernels.py [--rows NAME ...] [--seconds 3]
 
-Results go to results/kernels.json; rows that were not run keep what they had there.
+A run of all rows writes results/kernels.json when the last one is done; a run of some writes nothing.
 """
 
 import argparse
@@ -21,47 +21,60 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["KINETO_LOG_LEVEL"] = "99"  # torch's profiler, which measures memory, says when it begins and ends
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / ".bench" / "kernels"))
 
 import torch
 
-from peers import kernel_rows
+from peers import kernel_rows, loss_rows, sampling_rows
 from peers.kernel_rows import Row, Work
 
 RESULT = Path(__file__).parent / "results" / "kernels.json"
+ROWS = kernel_rows.ROWS | loss_rows.ROWS | sampling_rows.ROWS
 LEAST_ROUNDS, MOST_ROUNDS, LEAST_S = 3, 41, 4e-3
 
 
 def main() -> None:
-    """Measure the rows that are asked for, print the table, write the JSON."""
+    """Measure the rows that are asked for and print the table; of all rows, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="*", default=[], help="beginnings of names; all by default")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of rounds, for each row")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of rounds, for each row")
     parser.add_argument("--list", action="store_true", help="print the names of the rows")
     options = parser.parse_args()
-    from marrow.kernels.device import facts, raise_malloc_thresholds
+    from marrow.core.files import atomic_file
+    from marrow.kernels.device import raise_malloc_thresholds
 
+    wanted = [name for name in ROWS if not options.rows or name.startswith(tuple(options.rows))]
+    if options.list or not wanted:
+        print("\n".join(wanted or ROWS))
+        sys.exit(0 if options.list else "no row's name begins so; these are all")
     raise_malloc_thresholds()
     torch.set_num_threads(1)
-    wanted = {
-        name: make
-        for name, make in kernel_rows.ROWS.items()
-        if not options.rows or name.startswith(tuple(options.rows))
-    }
-    if options.list:
-        print("\n".join(wanted))
-        return
-    rows: dict[str, Any] = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else {}
+    start_s = time.perf_counter()
+    rows: dict[str, Any] = {}
     print(f"{'':44}{'ours':>10}  peer over ours: median, quartiles")
-    for name, make in wanted.items():
-        row = make()  # tensors that can have gradients: not in inference mode
+    for name in wanted:
+        row = ROWS[name]()  # tensors that can have gradients: not in inference mode
         with torch.inference_mode():
             rows[name] = measure(row, options.seconds)
-            row.close()
+        row.close()
         describe(name, rows[name])
+    peers = [peer for row in rows.values() for peer in row["peers"].values() if "met" in peer]
+    met = sum(peer["met"] for peer in peers)
+    spent_s = time.perf_counter() - start_s
+    print(f"{met} of {len(peers)} goals met; {len(rows)} of {len(ROWS)} rows in {spent_s:.0f} s")
+    if len(rows) == len(ROWS):
+        with atomic_file(RESULT, "w") as file:
+            file.write(json.dumps(about() | {"rows": rows}, indent=1) + "\n")
+
+
+def about() -> dict[str, Any]:
+    """Tell where and how the rows were measured."""
+    from marrow.kernels.device import facts
+
     machine = facts()
-    result = {
+    return {
         "machine": {"cpu": machine.cpu, "flags": machine.flags, "cores": machine.cores},
         "versions": {
             "python": platform.python_version(),
@@ -69,10 +82,7 @@ def main() -> None:
             **kernel_rows.versions(),
         },
         "conditions": "one thread, CPU time, malloc thresholds raised for both sides, interleaved rounds",
-        "rows": {name: rows[name] for name in kernel_rows.ROWS if name in rows},
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(row: Row, seconds: float) -> dict[str, Any]:
@@ -120,16 +130,15 @@ def _seconds(work: Work, calls: int, is_telling: bool) -> float:
 
 
 def describe(name: str, row: dict[str, Any]) -> None:
-    """Print a row: ours, then a line for each peer."""
-    notes = ", ".join(f"{key} {value}" for key, value in row.get("notes", {}).items())
-    print(f"{name:44}{row['ours_ms']:>7.2f} ms  {notes}", flush=True)
-    for peer, one in row["peers"].items():
+    """Print a row: ours, then a line for each peer. A note on a peer stands on its line."""
+    notes, peers = row.get("notes", {}), row["peers"]
+    ours = [note if key == "ours" else f"{key} {note}" for key, note in notes.items() if key not in peers]
+    print(f"{name:44}{row['ours_ms']:>7.2f} ms  {', '.join(ours)}", flush=True)
+    for peer, one in peers.items():
         low, high = one["quartiles"]
-        goal = f"  goal {one['goal']:g}: {'met' if one['met'] else 'MISSED'}" if "goal" in one else ""
-        print(
-            f"    {peer:40}{one['ms']:>7.2f} ms  {one['ratio']:6.2f}x  {low:.2f} to {high:.2f}{goal}",
-            flush=True,
-        )
+        goal = f"goal {one['goal']:g}: {'met' if one['met'] else 'MISSED'}" if "goal" in one else "no goal"
+        figures = f"{one['ms']:>7.2f} ms  {one['ratio']:6.2f}x  {low:.2f} to {high:.2f}"
+        print(f"    {peer:40}{figures}  {goal}  {notes.get(peer, '')}".rstrip(), flush=True)
 
 
 if __name__ == "__main__":

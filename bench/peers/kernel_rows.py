@@ -1,5 +1,7 @@
 """What bench/kernels.py measures: each row's setup, our call, its peers' calls, and the goals.
 
+Losses and sampling stand in files of their own beside this one.
+
 A row is made when it is measured, so that only its own tensors are in memory. Figures beside the speed
 (errors of quantised rows against fp64, recall of a search) are computed here, once, before anything is timed.
 """
@@ -306,36 +308,6 @@ def search_row(queries: int, is_int8: bool) -> Row:
     return Row(ours, peers, goals, notes)
 
 
-# Sampling
-
-
-def sample_row(rows: int, vocab: int) -> Row:
-    """Draw tokens with top-k 50 and top-p 0.95 from logits like a language model's."""
-    from marrow.kernels.sampling.sample import Draw, Draws, sample
-
-    logits = normal(rows, vocab, dtype=torch.float32, scale=2.0)
-    logits += torch.empty_like(logits).exponential_(1.0)
-    settings = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
-    draws = Draws.of([Draw(seed=row, position=3, **settings) for row in range(rows)])
-
-    def warpers() -> Tensor:
-        scores = logits / 0.8
-        scores = scores.masked_fill(scores < torch.topk(scores, 50)[0][..., -1, None], -torch.inf)
-        ordered, index = torch.sort(scores)
-        is_out = ordered.softmax(-1).cumsum(-1) <= 1 - 0.95
-        is_out[..., -1:] = False
-        scores = scores.masked_fill(is_out.scatter(1, index, is_out), -torch.inf)
-        return torch.multinomial(scores.softmax(-1), 1)[:, 0]
-
-    def by_topk() -> Tensor:
-        values, index = torch.topk(logits, 50)
-        p = (values / 0.8).softmax(-1)
-        p = p.masked_fill(p.cumsum(-1) - p >= 0.95, 0.0)
-        return index.gather(1, torch.multinomial(p, 1))[:, 0]
-
-    return Row(lambda: sample(logits, draws), {"sort, as warpers do": warpers, "torch.topk first": by_topk})
-
-
 # The thresholds themselves
 
 _MALLOC = """
@@ -413,5 +385,4 @@ ROWS: dict[str, Callable[[], Row]] = {
     "top-10, 64 queries, int8 + rescore": lambda: search_row(64, True),
     **{f"int4 linear 11008x4096, M={m}": lambda m=m: int4_row(m) for m in (1, 4, 8, 16, 32, 64)},
     **{f"int8 linear 11008x4096, M={m}": lambda m=m: int8_row(m) for m in (1, 4, 8, 16, 32, 64)},
-    "sample 8 x 151936, top-k 50, top-p 0.95": lambda: sample_row(8, 151_936),
 }

@@ -187,11 +187,11 @@ def test_a_list_of_files_takes_little_memory_each(tmp_path):
     from marrow.data.sources.file import FileList
 
     tracemalloc.start()
-    files = FileList((f"folder/{i:07}.csv", 10, "1790000000000000000") for i in range(100_000))
+    files = FileList((f"folder/{i:07}.csv", 10, "1790000000000000000") for i in range(20_000))
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert held / len(files) < 200, "10^6 files must fit: 200 MB"
-    assert files[99_999].name == "folder/0099999.csv"
+    assert files[19_999].name == "folder/0019999.csv"
 
 
 # Bounds

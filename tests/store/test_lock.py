@@ -106,23 +106,35 @@ def test_release_leaves_no_file_behind(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_release_frees_it_although_a_forked_child_has_the_file_open(tmp_path: Path, spawn: Spawn) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_release_frees_it_although_a_forked_child_has_the_file_open(
+    shared: bool, tmp_path: Path, spawn: Spawn
+) -> None:
+    """Who waits has the file open from before: an exclusive holder removes its name."""
     fork = """
-import os, sys, time
+import fcntl, os, sys, time
 from pathlib import Path
 from marrow.store.lock import FileLock
-path = Path(sys.argv[1])
-lock = FileLock(path)
+path, shared = Path(sys.argv[1]), sys.argv[2] == "True"
+lock = FileLock(path, shared=shared)
 lock.try_acquire()
 child = os.fork()
 if child == 0:
     time.sleep(60)
+waiting = os.open(path, os.O_RDWR)
+def is_free():
+    try:
+        fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+print("before", is_free())
 lock.release()
-print(FileLock(path).try_acquire())
+print("after", is_free())
 os.kill(child, 9)
 os.waitpid(child, 0)
 """
-    assert spawn(fork, tmp_path / "a.lock").result() == ["True"]
+    assert spawn(fork, tmp_path / "a.lock", shared).result() == ["before False", "after True"]
 
 
 def test_a_lock_file_left_by_a_killed_process_is_no_obstacle(tmp_path: Path) -> None:

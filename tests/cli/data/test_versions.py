@@ -256,12 +256,12 @@ def test_the_verbs_load_neither_torch_nor_arrow(capsys: Capture) -> None:
 import sys
 from marrow.cli import main
 main.VERBS.setdefault("data", ("marrow.cli.data.group", ""))
-assert main.run(["data", *sys.argv[1:]]) == 0
-loaded = {"torch", "numpy", "pyarrow", "obstore", "rich"} & sys.modules.keys()
-assert not loaded, loaded
+status = main.run(["data", *sys.argv[1:]])
+heavy = {"torch", "numpy", "pyarrow", "obstore", "rich"}
+print(status, "loads", *sorted(heavy & sys.modules.keys()))
 """
     for arguments in (["log", "d"], ["commit", "folder", "--to", "d"], ["checkout", "d", "out"], ["gc"]):
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
         )
-        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1:] == ["0 loads"], done.stderr

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,34 @@ def test_what_is_in_use_is_never_evicted(cache: Cache) -> None:
     for pin in pins:
         pin.close()
     put(cache, "g", 500).close()
+
+
+def test_room_that_is_given_up_goes_to_who_gave_it(cache: Cache) -> None:
+    other = Cache(cache.folder, 1000)
+    mine = [put(cache, key, 250) for key in "ab"]
+    theirs = put(other, "c", 500)
+    looking = threading.Event()
+
+    def look() -> bool:
+        looking.set()
+        try:
+            other.claim("e", 250).close()
+        except Busy:
+            return False
+        return True
+
+    def give_up() -> bool:
+        mine.pop().close()
+        assert looking.wait(10)
+        time.sleep(0.05)
+        return True
+
+    with ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(look)
+        claim = cache.claim("d", 500, give_up=give_up)
+        assert not mine and not taken.result(10)
+    claim.close()
+    theirs.close()
 
 
 def test_bytes_in_flight_count_with_their_full_length(cache: Cache) -> None:

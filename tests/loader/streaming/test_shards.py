@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -192,6 +193,74 @@ def test_two_jobs_that_wait_for_each_others_room_go_on(
         assert all(origin.is_whole(2 + index, path) for index, path in enumerate(paths))
         assert [file.read() for file in held] == [content(index, 10 * KB) for index in range(2)]
         assert sum(job.counters()["overdrawn"] for job in jobs) >= 1
+
+
+def test_room_that_a_job_gives_up_is_not_taken_by_another(
+    origin: Origin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else that one has both, and whoever gave waits for it: for ever, if it waits for something in turn."""
+    monkeypatch.setattr(fetch, "PATIENCE_S", 1.0)
+    origin.add(6, 10 * KB)
+    with (
+        origin.open(Cache(tmp_path, 25 * KB)) as giver,
+        origin.open(Cache(tmp_path, 25 * KB)) as taker,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        give_up = giver._fetcher._give_up
+
+        def slowly(num_bytes: int, is_stuck: bool) -> bool:
+            gave = give_up(num_bytes, True)
+            time.sleep(0.1)  # the other one looks for room many times
+            return gave
+
+        giver.path(0)
+        taker.path(1)
+        waiting = pool.submit(taker.path, 3)
+        wait_for(lambda: taker.counters()["full_waits"])
+        monkeypatch.setattr(giver._fetcher, "_give_up", slowly)
+        assert origin.is_whole(2, giver.path(2))
+        assert not waiting.done()
+        giver.release(2)
+        assert origin.is_whole(3, waiting.result(timeout=30))
+
+
+def test_a_wait_for_a_fetch_that_fails_is_no_wait_for_room(
+    origin: Origin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 1.0
+    clock = SimpleNamespace(monotonic=lambda: now_s, perf_counter=time.perf_counter)
+    monkeypatch.setattr(fetch, "time", clock)
+    origin.add(4, 10 * KB)
+    theirs = Cache(tmp_path, 25 * KB)
+    with (
+        origin.open(Cache(tmp_path, 25 * KB)) as shards,
+        origin.open(theirs) as others,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        others.path(0)
+        others.path(1)
+        fetching = theirs.claim(shards._fetcher.key(2), 5 * KB)
+        waiting = pool.submit(shards.path, 2)
+        wait_for(lambda: shards.counters()["shared_waits"])
+        now_s += 2 * fetch.PATIENCE_S
+        fetching.close()
+        wait_for(lambda: shards.counters()["full_waits"] or waiting.done())
+        others.release(0)
+        assert origin.is_whole(2, waiting.result(timeout=30))
+
+
+def test_what_was_given_up_in_use_and_comes_again_can_be_given_up_again(
+    origin: Origin, tmp_path: Path
+) -> None:
+    origin.add(5, 10 * KB)
+    cache = Cache(tmp_path, 25 * KB)
+    with origin.open(cache) as shards:
+        for index in (0, 1, 2, 0, 1, 2, 3):  # none is released
+            assert origin.is_whole(index, shards.path(index))
+        assert shards.counters()["overdrawn"] == 5
+        for index in (0, 0, 1, 1, 2, 2, 3):
+            shards.release(index)
+        assert cache.usage().pinned_bytes == 0
 
 
 def test_room_that_the_plan_took_is_given_to_one_that_is_waited_for(origin: Origin, tmp_path: Path) -> None:

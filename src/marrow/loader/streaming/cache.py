@@ -147,10 +147,19 @@ class Cache:
                 return Pin(self, path, descriptor)
             os.close(descriptor)
 
-    def claim(self, key: str, num_bytes: int, *, beside: bool = False) -> Claim:
+    def claim(
+        self,
+        key: str,
+        num_bytes: int,
+        *,
+        beside: bool = False,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> Claim:
         """Get the right to fetch a file, and room for it.
 
-        Args: beside: fetch it although another process does.
+        Args: beside: fetch it although another process does. give_up: called while there is no room;
+            closes a pin of the caller and tells whether there was one. The folder's lock is held, so
+            that nobody else gets the room that it frees; it must not use this cache but for that.
         Raises: Busy; ResourceError if it can never fit. The file may have come meanwhile: `pin` first,
             and again after Busy.
         """
@@ -165,8 +174,9 @@ class Cache:
             if not _is_free(path) or (self._shards / key).exists():
                 raise Busy(full=False)
             path.unlink(missing_ok=True)  # what a killed fetcher left
-            if not self._make_room(lock, num_bytes):
-                raise Busy(full=True)
+            while not self._make_room(lock, num_bytes):
+                if not give_up():
+                    raise Busy(full=True)
             descriptor = self._spares.take(path)
             if descriptor < 0:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)

@@ -24,7 +24,8 @@ from marrow.store.remote.client import Remote
 TRIES = 3
 # How long one waits for room that others hold before it is an error.
 PATIENCE_S = 60.0
-STUCK_S = 2.0  # after which two jobs that wait for each other's room are taken to be stuck
+# After so long two jobs that wait for each other's room are taken to be stuck.
+STUCK_S = 2.0
 # How long another process's fetch may stand still before one does not wait for it any more.
 STALLED_S = 120.0
 # How often one looks again at what only another process can change.
@@ -93,8 +94,9 @@ class Errand:
 class Fetcher:
     """Brings shards of one dataset. Safe from many threads.
 
-    Args: give_up: called with the bytes of a shard that someone waits for and that has no room; lets
-        go of another one of this process and says whether there was one.
+    Args: give_up: called with the bytes of a shard that someone waits for and that has no room, and
+        whether it has waited long; lets go of another one of this process and says whether there was
+        one. The cache's lock may be held: whoever gives room up is the one who gets it.
     """
 
     def __init__(
@@ -145,22 +147,16 @@ class Fetcher:
                     self._cache.discard(pin)
                     problem = "it was in the cache with other bytes"
                 else:
-                    claim = self._cache.claim(
-                        key, self._files[errand.index].num_bytes, beside=waiting.is_stuck
-                    )
+                    claim = self._claim(errand, key, waiting)
                     pin, problem = self._fetch(errand.index, claim)
                     if pin is not None:
                         return pin
             except Busy as busy:
                 if busy.full and not errand.wanted():
                     return None
-                is_stuck = waiting.spent_s > STUCK_S
-                if busy.full and self._give_up(self._files[errand.index].num_bytes, is_stuck):
-                    continue
-                if waiting.since_s is None:
+                if waiting.look(busy):
                     self.count(**{"full_waits" if busy.full else "shared_waits": 1})
-                waiting.look()
-                if busy.full and waiting.spent_s > PATIENCE_S:
+                if waiting.for_room_s > PATIENCE_S:
                     raise self._too_small() from None
                 self._stop.wait(POLL_S)
                 continue
@@ -168,6 +164,14 @@ class Fetcher:
                 damaged += 1
                 self._note_damage(errand.index, damaged, problem)
         return None
+
+    def _claim(self, errand: Errand, key: str, waiting: "_Waiting") -> Claim:
+        num_bytes = self._files[errand.index].num_bytes
+
+        def give_up() -> bool:
+            return errand.wanted() and self._give_up(num_bytes, waiting.for_room_s > STUCK_S)
+
+        return self._cache.claim(key, num_bytes, beside=waiting.is_stalled, give_up=give_up)
 
     def _fetch(self, index: int, claim: Claim) -> tuple[Pin | None, str]:
         """Fetch a shard; return its pin, or what was wrong ("" if the folder went, or `close` came)."""
@@ -259,26 +263,33 @@ class Fetcher:
 
 
 class _Waiting:
-    """How long one has waited for another process, and whether that one still moves."""
+    """How long one has waited for room, and how long another process's fetch of the shard has not moved.
+
+    These are two clocks: who has waited long for a fetch that then fails has not waited for room.
+    """
 
     def __init__(self, cache: Cache, key: str) -> None:
         self._cache = cache
         self._key = key
+        self._is_for_room: bool | None = None  # None: has not waited
+        self._since_s = 0.0
         self._written_ns = 0
         self._moved_s = 0.0
-        self.since_s: float | None = None
 
     @property
-    def spent_s(self) -> float:
-        return 0.0 if self.since_s is None else time.monotonic() - self.since_s
+    def for_room_s(self) -> float:
+        return time.monotonic() - self._since_s if self._is_for_room else 0.0
 
     @property
-    def is_stuck(self) -> bool:
-        return self.since_s is not None and time.monotonic() - self._moved_s > STALLED_S
+    def is_stalled(self) -> bool:
+        return self._is_for_room is not None and time.monotonic() - self._moved_s > STALLED_S
 
-    def look(self) -> None:
+    def look(self, busy: Busy) -> bool:
+        """Note what one waits for; tell whether it is another thing than before."""
         now_s, written_ns = time.monotonic(), self._cache.part_written_ns(self._key)
-        if self.since_s is None:
-            self.since_s = now_s
-        if self._moved_s == 0.0 or written_ns != self._written_ns:
+        if self._is_for_room is None or written_ns != self._written_ns:
             self._moved_s, self._written_ns = now_s, written_ns
+        is_another = self._is_for_room is not busy.full
+        if is_another:
+            self._is_for_room, self._since_s = busy.full, now_s
+        return is_another

@@ -135,7 +135,7 @@ class CachedShards:
             assert slot.pin is not None
             if index in self._ahead:
                 self._not_ahead(index)
-            if slot.users == 0:
+            if index not in self._used:  # also one that was given up in use and has come again
                 self._used[index] = None
                 self._used_bytes += self.files[index].num_bytes
             slot.users += 1
