@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -93,6 +94,42 @@ def test_a_damaged_library_is_made_anew(source: Path) -> None:
     native.load.cache_clear()
     assert added(native.load(source), 2, 2) == 4
     assert path.read_bytes() == good
+
+
+def test_a_library_that_cannot_be_loaded_is_a_warning_and_none(
+    source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As on a file system that is mounted without execution: whole, but no program."""
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho no program > "$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    with pytest.warns(RuntimeWarning, match=r"add\.c is compiled, but not loaded.*MARROW_CACHE"):
+        assert native.load(source) is None
+
+
+def test_a_home_that_cannot_be_written_gives_a_private_folder(
+    source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv(native.CACHE_ENVIRONMENT, str(tmp_path / "file"))
+    folder = native.cache_folder()
+    assert tmp_path not in folder.parents
+    assert added(native.load(source), 1, 2) == 3
+    assert list(folder.iterdir()) == kept() != []
+    shutil.rmtree(folder)
+
+
+def test_a_compiler_that_hangs_is_given_up(
+    source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hanging = tmp_path / "cc"
+    hanging.write_text("#!/bin/sh\nexec sleep 60\n")
+    hanging.chmod(0o755)
+    monkeypatch.setenv("CC", str(hanging))
+    monkeypatch.setattr(native, "_TIMEOUT_S", 0.05)
+    with pytest.warns(RuntimeWarning, match="timed out"):
+        assert native.load(source) is None
 
 
 def test_without_a_compiler_there_is_a_warning_and_none(

@@ -87,7 +87,7 @@ def test_a_row_fits_into_its_block(columns, block):
 def test_what_was_tuned_on_a_device_is_compiled_ahead_of_time_too(tmp_path, monkeypatch):
     from marrow.kernels.search import top_k  # registers an operator that asks for its configuration
 
-    table = {"top_k": {"one query": {"num_warps": 16}}}
+    table = {"top_k": {"('one', 'torch.bfloat16')": {"num_warps": 16}}}
     monkeypatch.setattr(tables, "of_capability", lambda capability: [table] if capability == 90 else [])
     tasks, complaints = compiled.collect([top_k.OPERATOR.name])
     assert complaints == []

@@ -58,7 +58,16 @@ def load(source: Path) -> ctypes.CDLL | None:
                 stacklevel=2,
             )
             return None
-    return ctypes.CDLL(str(library))
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:  # such as a cache on a file system that is mounted without execution
+        warnings.warn(
+            f"{source.name} is compiled, but not loaded: {error}; a slower path is used "
+            f"(set {CACHE_ENVIRONMENT} to a folder that may hold programs)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
 
 
 def find_compiler() -> str | None:

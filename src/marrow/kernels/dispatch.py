@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from marrow.core.errors import UsageError
+from marrow.kernels.arguments import Arguments, Expects
 
 ENVIRONMENT = "MARROW_KERNELS"
 ORDER = ("triton", "cpu", "torch", "reference")  # fastest first
@@ -144,7 +146,8 @@ class Operator:
     results: how many leading outputs are the results; those behind them are kept for backward only.
     gradient: None where the operator has none. examples: (dtype, device) -> inputs at standard shapes.
     shape_class: inputs -> what the choice of a path depends on besides device and dtype.
-    mutates: names of the inputs that it writes to (optimisers alone).
+    mutates: names of the inputs that it writes to (optimisers alone). expects: what the inputs must be,
+    beside what their names say.
     """
 
     def __init__(
@@ -158,10 +161,12 @@ class Operator:
         examples: Callable[[torch.dtype, str], list[Example]] = lambda dtype, device: [],
         shape_class: Callable[..., Hashable] | None = None,
         mutates: tuple[str, ...] = (),
+        expects: Expects = Expects(),  # noqa: B008 - frozen
     ) -> None:
         assert name not in _operators, f"{name} is registered twice"
         self.name, self.reference, self.fake, self.gradient = name, reference, fake, gradient
         self.results, self.examples, self.shape_class = results, examples, shape_class
+        self.arguments = Arguments(name, reference, expects)
         self.paths: dict[str, Path] = {}
         self._differentiable = gradient.numbers if gradient else ()
         self._chosen: dict[Case, _Found] = {}
@@ -188,20 +193,31 @@ class Operator:
         """Compute the results: a tensor, or a tuple where there are several."""
         if torch.compiler.is_compiling():
             return self._traced(*inputs)
+        if _is_transformed():
+            return self.reference(*inputs)
+        if torch.is_autocast_enabled(device := _first(inputs).device.type):
+            with torch.autocast(device, enabled=False):  # the operator's dtypes are those of its inputs
+                return self(*inputs)
+        self.arguments.check(inputs)
         path = self._choose(self.case(inputs))
         if path is None:
             return self.reference(*inputs)
-        if self.gradient is not None and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             for number in self._differentiable:
                 if inputs[number] is not None and inputs[number].requires_grad:
                     return self._traced(*inputs) if _is_traced(inputs) else self._eager(path, inputs)
+            if self.gradient is None and getattr(inputs[0], "requires_grad", False):
+                raise UsageError(
+                    f"{self.name} has no gradient, and {self.arguments.names[0]} asks for one",
+                    hint="call it under torch.no_grad(), or detach the input",
+                )
         if _is_traced(inputs):
             return self._traced(*inputs)
         return self._only_results(path.forward(*inputs))
 
     def case(self, inputs: Sequence[Any]) -> Case:
         """Return what the choice of a path depends on."""
-        first = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
+        first = _first(inputs)
         shape = None if self.shape_class is None else self.shape_class(*inputs)
         return Case(first.device.type, first.dtype, shape)
 
@@ -291,7 +307,8 @@ class Operator:
         return op
 
     def _forward(self, *inputs: Any) -> Any:
-        return self._fastest(inputs).forward(*inputs)
+        path = self._choose(self.case(inputs)) or self._fastest(inputs)
+        return path.forward(*inputs)
 
     def _backward(self, *arguments: Any) -> Any:
         backward = self._fastest(arguments).backward
@@ -300,7 +317,7 @@ class Operator:
 
     def _fastest(self, arguments: tuple[Any, ...]) -> Path:
         """Return a path by device and dtype alone: all keep the same for backward, so any may follow any."""
-        first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
+        first = _first(arguments)
         path = self._choose(Case(first.device.type, first.dtype))
         if path is None:
             raise UsageError(
@@ -318,7 +335,7 @@ class _Differentiable(torch.autograd.Function):
         """Run the path's forward and keep what its backward needs."""
         assert operator.gradient is not None
         outputs = path.forward(*inputs)
-        ctx.path, ctx.results = path, operator.results
+        ctx.path, ctx.results, ctx.name = path, operator.results, operator.name
         _keep(ctx, operator.gradient, inputs, outputs)
         if isinstance(outputs, tuple):
             ctx.mark_non_differentiable(*outputs[operator.results :])
@@ -326,12 +343,19 @@ class _Differentiable(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         """Run the path's backward."""
         if all(grad is None for grad in grads[: ctx.results]):
             return (None,) * (2 + int(ctx.num_inputs))
-        found = ctx.path.backward(*grads[: ctx.results], *_kept(ctx))
+        kept = _kept(ctx)
+        if torch.is_grad_enabled():  # which is so in a backward only with create_graph
+            for x in (*grads, *kept):
+                if isinstance(x, Tensor) and x.requires_grad:
+                    raise UsageError(
+                        f"the gradient of {ctx.name} cannot be differentiated again",
+                        hint=f"set {ENVIRONMENT}=reference for second derivatives, or leave out create_graph",
+                    )
+        found = ctx.path.backward(*grads[: ctx.results], *kept)
         return (None, None, *_spread(found, ctx.places, ctx.num_inputs))
 
 
@@ -401,6 +425,17 @@ def _check(mode: str, what: str) -> None:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _first(inputs: Sequence[Any]) -> Tensor:
+    """Return the tensor whose device and dtype an operator goes by."""
+    first: Tensor = inputs[0][0] if isinstance(inputs[0], list) else inputs[0]
+    return first
+
+
+def _is_transformed() -> bool:
+    """Return whether torch.func or forward-mode differentiation is at work: both go through the reference."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _is_traced(inputs: tuple[Any, ...]) -> bool:

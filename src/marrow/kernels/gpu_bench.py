@@ -9,6 +9,7 @@ The same code runs on a CPU, on tiny shapes: that is how it is tested. Cases liv
 
 import contextlib
 import datetime
+import gc
 import json
 import statistics
 import time
@@ -19,11 +20,11 @@ from typing import Any, TextIO
 
 import torch
 
-from marrow.kernels import dispatch
+from marrow.kernels import dispatch, gpu_peers
 from marrow.kernels.gpu_times import Function, TooLateError, limited, roofs, times
 from marrow.kernels.tile import triton
 
-# (operator, direction, inputs) -> what prepares the calls of peers that a caller brings, such as Liger's.
+# (operator, direction, inputs) -> what prepares the calls of peers besides those of the case: Liger's.
 Hook = Callable[[str, str, tuple[Any, ...]], dict[str, Callable[[], Function]]]
 
 CASE_S, PEER_S = 20.0, 45.0
@@ -90,7 +91,7 @@ class Bench:
         device: str = "cuda",
         budget_s: float = 540.0,
         out: Path | None = None,
-        hook: Hook | None = None,
+        hook: Hook = gpu_peers.peers,
         is_tiny: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -112,10 +113,10 @@ class Bench:
             for name, value in roofs(self.device, is_tiny=self.is_tiny):
                 self.roofs[name] = value
                 self._tell({"kind": "roof", "name": name, "value": value})
-            self.measure(cases)
-            rows = self.measure(cases, is_late=True)
-            if self.out is not None:
-                (self.out / "kernels.txt").write_text(table(rows, self.roofs, facts(self.device)))
+            for is_late in (False, True):
+                rows = self.measure(cases, is_late=is_late)
+                if self.out is not None:  # after the first round too: a second that is cut leaves a table
+                    (self.out / "kernels.txt").write_text(table(rows, self.roofs, facts(self.device)))
         return rows
 
     def measure(self, cases: Sequence[Case], *, is_late: bool = False) -> list[dict[str, Any]]:
@@ -147,6 +148,7 @@ class Bench:
         self.rows[case.name] = row
         self._tell({"kind": "row", **row})
         if self.device.startswith("cuda"):
+            gc.collect()  # what failed holds its tensors in cycles of frames
             torch.cuda.empty_cache()
 
     def _stopped(self, case: Case, row: dict[str, Any], why: str) -> dict[str, Any]:
@@ -174,7 +176,10 @@ class Bench:
         work = case.make(self.device, self.is_tiny)
         row["late"], row["path"] = list(work.late), self._path(case, work)
         functions, failed = {"ours": work.ours}, row["peers_failed"]
-        makers = dict(self.hook(case.op, case.direction, work.inputs)) if self.hook and not is_late else {}
+        makers = {} if is_late else dict(self.hook(case.op, case.direction, work.inputs))
+        if not is_late:
+            absent = {goal.peer for goal in case.goals if goal.peer} - {*makers, *work.peers}
+            failed |= dict.fromkeys(sorted(absent), "is not here")
         makers |= {name: make for name, make in work.peers.items() if (name in work.late) == is_late}
         for name, make in makers.items():
             try:
@@ -200,7 +205,8 @@ class Bench:
     def _path(self, case: Case, work: Work) -> str:
         """Return the path that ours takes: a slower one, where the kernel is not usable, shows."""
         operator = dispatch.operators()[case.op]
-        first = next(x for x in work.inputs if isinstance(x, torch.Tensor))
+        flat = (x for each in work.inputs for x in (each if isinstance(each, list) else [each]))
+        first = next(x for x in flat if isinstance(x, torch.Tensor))
         return operator.choose(dispatch.Case(first.device.type, first.dtype))[0]
 
     def _filled(self, row: dict[str, Any], took: dict[str, list[float]], work: Work) -> dict[str, Any]:
@@ -299,6 +305,19 @@ def table(rows: Sequence[dict[str, Any]], roofs: dict[str, float], facts: dict[s
         lines += [f"    {name}: {why}" for name, why in row.get("peers_failed", {}).items()]
         if "error" in row:
             lines.append(f"    {row['error']}")
+    return "\n".join(lines) + "\n"
+
+
+def unmeasured(cases: Sequence[Case]) -> str:
+    """Return the table as it stands before anything is measured: what will be, and the goals."""
+    lines = [
+        "not measured: no GPU was at hand.",
+        "`marrow bench kernels --budget 540 --out DIR` measures it, with date, device, versions.",
+        "",
+    ]
+    for case in cases:
+        lines.append(case.name)
+        lines += [f"    {goal}: not measured" for goal in case.goals]
     return "\n".join(lines) + "\n"
 
 

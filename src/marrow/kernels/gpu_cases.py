@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from marrow.kernels import dispatch
 from marrow.kernels.gpu_bench import Case, Goal, Work
-from marrow.kernels.gpu_times import Function
+from marrow.kernels.gpu_times import BACKWARD, BOTH, FORWARD, Function, called, without_gradients
 
-FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 EPS = 1e-5
 
 Makers = dict[str, Callable[[], Function]]
@@ -46,10 +46,11 @@ def all_cases() -> list[Case]:
     ]
     paged = [_paged(*shape) for shape in ((64, 4096), (8, 32768), (256, 1024))]
     losses = [_linear_cross_entropy()]
-    int4 = [_int4(rows) for rows in (1, 16, 4, 64)]
+    int4 = [_int4(rows) for rows in (1, 16, 4, 64, 8, 32)]
     fp8 = [_fp8(size) for size in (8192, 4096)]
     search = [_top_k(1), _top_k(64)]
-    groups = [norms, activations, attention, paged, losses, int4, fp8, search]
+    rest = [_rest(*names) for names in _REST]
+    groups = [norms, activations, attention, paged, losses, int4, fp8, search, rest]
     first = [norms[0], norms[2], activations[0], attention[0], attention[1], paged[0], losses[0]]
     first += [int4[0], int4[1], fp8[0], search[0]]
     return first + [case for group in groups for case in group if case not in first]
@@ -59,6 +60,13 @@ def _public(group: str, name: str) -> Callable[..., Any]:
     """Return an operator's public function."""
     function: Callable[..., Any] = getattr(importlib.import_module(f"marrow.kernels.{group}.{name}"), name)
     return function
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile for one shape: after others, `torch.compile` would make sizes variables, which is slower."""
+    torch.compiler.reset()
+    made: Callable[..., Any] = torch.compile(function, dynamic=False)
+    return made
 
 
 def _normal(device: str, *shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Tensor:
@@ -79,7 +87,7 @@ def _memory_bound(
     build: (device, is_tiny) -> group, inputs, elements of one pass, eager twin, other peers. passes: how
     often that many elements are read or written.
     """
-    liger = () if op in ("softcap", "add_rms_norm") else (Goal("peer", 1.0, "Liger"),)
+    liger = () if op == "softcap" else (Goal("peer", 1.0, "Liger"),)
     goals = {FORWARD: (Goal("copy", 0.85), *liger), BOTH: (Goal("copy", 0.75), *liger)}
 
     def make(direction: str, device: str, is_tiny: bool) -> Work:
@@ -90,7 +98,7 @@ def _memory_bound(
         peers: Makers = {
             name: functools.partial(call, twin) for name, twin in {"eager": eager, **others}.items()
         }
-        peers["torch.compile"] = lambda: call(torch.compile(eager))
+        peers["torch.compile"] = lambda: call(_compiled(eager))
         moved = 2.0 * elements * (passes if direction == FORWARD else passes_both)
         ours = call(_public(group, op))
         return Work(ours, inputs, peers, moved, 5.0 * elements, ("torch.compile",))
@@ -104,27 +112,6 @@ def _memory_bound(
 def _leaf(x: Any) -> Any:
     is_float = isinstance(x, Tensor) and x.is_floating_point()
     return x.detach().requires_grad_() if is_float and x.dtype == torch.bfloat16 else x
-
-
-def called(direction: str, inputs: tuple[Any, ...], function: Callable[..., Any]) -> Function:
-    """Return a call of forward, or of forward and backward with random gradients of the results."""
-    if direction == FORWARD:
-        return functools.partial(_without_gradients, function, inputs)
-    outputs = function(*inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    grads = tuple(torch.randn_like(x) for x in outputs)
-    leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-
-    def run() -> Any:
-        again = function(*inputs)
-        return torch.autograd.grad(again if isinstance(again, tuple) else (again,), leaves, grads)
-
-    return run
-
-
-def _without_gradients(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
-    with torch.no_grad():
-        return function(*inputs)
 
 
 def _rms_norm(device: str, is_tiny: bool) -> Built:
@@ -217,7 +204,7 @@ def _attention(head_size: int, tokens: int, direction: str) -> Case:
             from torch.nn.attention import flex_attention as module  # a compiler's import
 
             mask = module.create_block_mask(lambda b, h, q, k: q >= k, None, None, row, row, device=device)
-            compiled = torch.compile(module.flex_attention)
+            compiled = _compiled(module.flex_attention)
             return _attended(direction, lambda q, k, v: compiled(q, k, v, block_mask=mask), turned)
 
         backends = torch.nn.attention.SDPBackend
@@ -239,7 +226,7 @@ def _attention(head_size: int, tokens: int, direction: str) -> Case:
 def _attended(direction: str, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Function:
     """Return a call of forward, or of backward alone."""
     if direction == FORWARD:
-        return functools.partial(_without_gradients, function, inputs)
+        return functools.partial(without_gradients, function, inputs)
     leaves = tuple(x.detach().requires_grad_() for x in inputs)
     out = function(*leaves)
     grad = torch.randn_like(out)
@@ -320,7 +307,7 @@ def _linear_cross_entropy() -> Case:
 
         peers: Makers = {
             "torch": lambda: call(plain),
-            "torch.compile": lambda: call(torch.compile(plain)),
+            "torch.compile": lambda: call(_compiled(plain)),
         }
         inputs, flops = (hidden, weight, targets), 6.0 * tokens * channels * vocabulary
         moved = 2.0 * (2 * tokens * channels + 2 * vocabulary * channels)
@@ -405,3 +392,36 @@ def _top_k(queries: int) -> Case:
 
     goals = (Goal("read", 0.85),) if queries == 1 else (Goal("peer", 1.0, "GEMM+topk"),)
     return Case("top_k", f"{queries} of 1M x 768", FORWARD, "fp32", goals, make)
+
+
+# The rest: operators of which no goal is set, at the largest of their own examples, beside plain torch
+
+_REST = (
+    ("losses", "cross_entropy", BOTH),
+    ("losses", "linear_log_probs", BOTH),
+    ("optimisers", "adamw", FORWARD),
+    ("optimisers", "newton_schulz", FORWARD),
+    ("matmul", "grouped_linear", BOTH),
+    ("matmul", "lora_linear", BOTH),
+    ("matmul", "int8_linear", FORWARD),
+    ("matmul", "quantise", FORWARD),
+    ("matmul", "dequantise", FORWARD),
+    ("matmul", "fake_quantise", FORWARD),
+    ("sampling", "sample", FORWARD),
+    ("sampling", "verify_draft", FORWARD),
+)
+
+
+def _rest(group: str, op: str, direction: str) -> Case:
+    def make(device: str, is_tiny: bool) -> Work:
+        file = "quantise" if op == "dequantise" else op
+        importlib.import_module(f"marrow.kernels.{group}.{file}")  # when its turn comes
+        operator = dispatch.operators()[op]
+        examples = sorted(operator.examples(torch.bfloat16, device), key=lambda example: example.bytes)
+        example = examples[0 if is_tiny else -1]
+        wanted = operator.gradient.inputs if direction == BOTH and operator.gradient else ()
+        inputs = tuple(_leaf(x) if at in wanted else x for at, x in enumerate(example.inputs))
+        peers: Makers = {"torch": lambda: called(direction, inputs, operator.reference)}
+        return Work(called(direction, inputs, operator), inputs, peers, example.bytes, example.flops)
+
+    return Case(op, "largest example", direction, "bf16", (), make)

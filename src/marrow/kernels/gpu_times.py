@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 
 Function = Callable[[], Any]
 
@@ -25,6 +28,28 @@ _CYCLES_PER_S = 2e9
 
 class TooLateError(Exception):
     """The time that was allowed is over."""
+
+
+def called(direction: str, inputs: tuple[Any, ...], function: Callable[..., Any]) -> Function:
+    """Return a call of forward, or of forward and backward with random gradients of the results."""
+    if direction == FORWARD:
+        return functools.partial(without_gradients, function, inputs)
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = tuple(torch.randn_like(x) for x in outputs)
+    leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+
+    def run() -> Any:
+        again = function(*inputs)
+        return torch.autograd.grad(again if isinstance(again, tuple) else (again,), leaves, grads)
+
+    return run
+
+
+def without_gradients(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+    """Call a function as serving does."""
+    with torch.no_grad():
+        return function(*inputs)
 
 
 def times(functions: dict[str, Function], device: str) -> dict[str, list[float]]:

@@ -35,7 +35,9 @@ def unusable(name: str) -> str | None:
     """Say why the C file of an operator cannot be used here, or return None. Compiles it."""
     if native.load(_FOLDER / f"{name}.c") is not None:
         return None
-    return "there is no C compiler" if native.find_compiler() is None else f"{name}.c did not compile"
+    if native.find_compiler() is None:
+        return "there is no C compiler"
+    return f"{name}.c cannot be compiled or loaded"
 
 
 @cache
@@ -47,7 +49,7 @@ def function(file: str, name: str, signature: str) -> Callable[..., Any]:
     """
     library = native.load(_FOLDER / f"{file}.c")
     if library is None:
-        raise RuntimeError(f"{file}.c: {unusable(file)}")
+        raise RuntimeError(unusable(file))
     found = library[name]
     found.argtypes, found.restype = [_TYPES[letter] for letter in signature], None
     return found

@@ -6,13 +6,17 @@ the noise goes to the table of the device. One question at a time, what is found
 candidate that does not compile, or does not fit, is out.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from marrow.kernels import dispatch, tile
+from marrow.kernels.compiled import fill_cache
 from marrow.kernels.configs import tables
 from marrow.kernels.gpu_bench import Case, facts
 from marrow.kernels.gpu_times import Function, TooLateError, limited, times
@@ -67,6 +71,15 @@ def _tune_case(case: Case, found: Forced, device: str, is_tiny: bool, tell: Call
     with tile.configuring(found) as asked:
         work.ours()
     questions = {(question.op, question.shape_class): question for question in asked}
+    if device.startswith("cuda"):
+        try:
+            count = _compile_ahead(work.ours, questions, found)
+        except TooLateError:
+            raise
+        except Exception as error:  # noqa: BLE001 (each candidate is compiled when its turn comes, then)
+            tell(f"{case.name}: not compiled ahead: {error!r}")
+        else:
+            tell(f"{case.name}: {count} kernels compiled ahead")
     for key, question in questions.items():
         if key in found or not question.candidates:
             continue
@@ -74,6 +87,30 @@ def _tune_case(case: Case, found: Forced, device: str, is_tiny: bool, tell: Call
         # A question that is answered by its default is kept too: an empty entry.
         found[key] = best
         tell(f"{key[0]} {key[1]}: {best or 'default'} ({gain:.2f}x)")
+
+
+def _compile_ahead(ours: Function, questions: dict[Key, tile.Asked], found: Forced) -> int:
+    """Compile the candidates of all questions on all cores: one by one, they would take most of the time."""
+    arch = tile.capability(torch.device("cuda"))
+    launches = [
+        launch
+        for key, question in questions.items()
+        if key not in found
+        for candidate in question.candidates
+        for launch in launches_of(ours, found | {key: candidate}, arch)
+    ]
+    return fill_cache(launches, arch, len(os.sched_getaffinity(0)))
+
+
+def launches_of(ours: Function, forced: Forced, arch: int) -> list[tile.Launch]:
+    """Return what a call would launch, and launch nothing; backward runs in this thread, to be seen."""
+    with (
+        torch.autograd.set_multithreading_enabled(False),
+        tile.configuring(forced),
+        tile.recording(arch) as recorded,
+    ):
+        ours()
+    return recorded
 
 
 def _best(

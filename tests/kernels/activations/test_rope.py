@@ -10,6 +10,7 @@ from thread_counts import one_and_two
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from marrow.core.errors import UsageError
 from marrow.kernels.activations.rope import (
     OPERATOR,
     backward_triton,
@@ -18,7 +19,7 @@ from marrow.kernels.activations.rope import (
     rope,
     rope_angles,
 )
-from marrow.kernels.activations.rope_frequencies import RopeScaling
+from marrow.kernels.activations.rope_scaling import RopeScaling
 from marrow.kernels.memory import meta, phantom
 
 PATHS = usable(OPERATOR)
@@ -137,7 +138,7 @@ def test_threads_change_nothing():
 def test_angles_that_do_not_fit_are_refused():
     x, cos, sin = inputs(3, 2, 4)
     for given in ((cos[:2], sin), (cos, sin[:, :3])):
-        with pytest.raises(ValueError, match="angles"):
+        with pytest.raises(UsageError, match=r"angles|axis|axes"):
             rope(x, *given)
 
 

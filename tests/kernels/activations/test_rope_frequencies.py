@@ -5,7 +5,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from marrow.kernels.activations.rope_frequencies import RopeScaling, frequencies
+from marrow.kernels.activations.rope_frequencies import frequencies
+from marrow.kernels.activations.rope_scaling import RopeScaling
 
 HEAD_SIZE, THETA = 64, 500_000.0
 
@@ -25,7 +26,7 @@ CASES = {
     ),
     "yarn": (
         {"factor": 4.0, "original_max_position_embeddings": 2048},
-        RopeScaling("yarn", 4.0, 2048, fast_turns=32.0),
+        RopeScaling("yarn", 4.0, 2048),
         0,
     ),
     "yarn, not truncated": (
@@ -84,6 +85,8 @@ def test_fast_pairs_are_kept_and_slow_ones_are_stretched(kind):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"kind": "longrope", "factor": 2.0, "original_positions": 8}, "kind = 'longrope'"),
+        ({"kind": "YARN", "factor": 2.0, "original_positions": 8}, "allowed are none, linear"),
         ({"kind": "linear", "factor": 0.5}, "factor"),
         ({"kind": "linear", "factor": float("nan")}, "factor"),
         ({"kind": "yarn", "factor": 2.0}, "original_positions"),

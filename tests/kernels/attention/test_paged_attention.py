@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from operator_checks import ULP, assert_is_node, assert_near, filled_with_nan, rounded, usable
 
+from marrow.core.errors import UsageError
 from marrow.kernels.attention import paged_attention as module
 from marrow.kernels.attention import paged_flash
 from marrow.kernels.attention.attention import attention, pack
@@ -60,8 +61,11 @@ class Case:
         most = max(self.queries, default=0), self.blocks.shape[1] * self.block
         return self.q, *self.cache, *self.scales, self.blocks, self.starts, self.ends, *most, window, softcap
 
-    def by_dense(self, dtype=torch.float64, window=0, softcap=0.0):
-        """Dense attention over the same history, sequence by sequence."""
+    def by_dense(self, dtype=torch.float64, window=0, softcap=0.0, *, sizes=False):
+        """Dense attention over the same history, sequence by sequence.
+
+        sizes: not the sums, but how large their terms are: an ulp of a score s is |s| ulp of its p.
+        """
         rows = [self.q[:0].to(dtype)]
         starts = self.starts.tolist()
         for (k, v), length, count, start in zip(self.dense, self.lengths, self.queries, starts, strict=False):
@@ -73,7 +77,9 @@ class Case:
             last = torch.arange(length - count, length)[:, None]
             at = torch.arange(length)
             seen = (at <= last) & (at > last - window) if window else at <= last
-            rows.append((scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(0, 1))
+            p = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+            result = (p * (1 + scores.abs())).nan_to_num() @ v.abs() if sizes else p @ v
+            rows.append(result.transpose(0, 1))
         return torch.cat(rows)
 
     def assert_near_fp64(self, path, window=0, softcap=0.0, codes=None):
@@ -82,8 +88,8 @@ class Case:
         with filled_with_nan():
             result = OPERATOR.run(path, *given)
         exact, plain = (self.by_dense(dtype, window, softcap) for dtype in (torch.float64, self.q.dtype))
-        # A mean of many values cancels: an ulp of their size counts.
-        term = max((float(v.abs().mean()) for _, v in self.dense if len(v)), default=0.0)
+        sizes = self.by_dense(window=window, softcap=softcap, sizes=True)
+        term = float(sizes.max()) if sizes.numel() else 0.0
         assert_near(result, plain, exact, term=term, what=f"{path} {self.lengths} {self.queries}")
         for now, then in zip(given, before, strict=True):
             if isinstance(now, torch.Tensor):
@@ -204,6 +210,31 @@ def test_nothing_outside_a_sequence_is_seen(path, filler):
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("codes", [None, *CODES])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_memory_that_nobody_sees_may_be_anything(path, codes, dtype):
+    """Fill with NaN what is past a sequence's end or before its first query's window, scales too.
+
+    Blocks come from torch.empty, and blocks before a window may be another sequence's by now.
+    """
+    queries, window = [1, 4, 7, 1, 1], 5
+    case = Case([90, 12, 40, 1, 70], queries, codes=codes, dtype=dtype, block=16, size=16)
+    before = OPERATOR.run(path, *case.arguments(window))
+    seen = torch.zeros(case.cache[0].shape[:2], dtype=torch.bool)
+    for blocks, length, count in zip(case.blocks, case.lengths, queries, strict=True):
+        at = torch.arange(max(0, length - count - window + 1), length)
+        seen[blocks[at // case.block].long(), at % case.block] = True
+    case.cache = [x.clone() for x in case.cache]
+    case.scales = [x if x is None else x.clone() for x in case.scales]
+    for x in (*case.cache, *case.scales):
+        if x is not None:
+            x.view(torch.uint8)[~seen] = 0xFF if x.dtype == torch.int8 else 0x7F  # in e4m3 NaN
+            if x.dtype.itemsize > 1:
+                x[~seen] = float("nan")
+    assert torch.equal(OPERATOR.run(path, *case.arguments(window)), before)
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_a_query_that_sees_nothing_gets_zeros(path):
     case = Case([5, 0, 3], [1, 2, 1], block=16)
     result = OPERATOR.run(path, *case.arguments())
@@ -301,8 +332,48 @@ def test_the_public_function_takes_scales_and_bounds():
     given = case.q, *case.cache, case.blocks, case.starts, case.ends
     with_bounds = paged_attention(*given, scales=case.scales, max_queries=2, max_keys=20)
     assert torch.equal(paged_attention(*given, scales=case.scales), with_bounds)
-    with pytest.raises(AssertionError, match="scales"):
+    with pytest.raises(UsageError, match="scales"):
         paged_attention(*given)
+
+
+LISTS = {
+    "a block that is not of the cache": (
+        "blocks",
+        (1, 2),
+        8,
+        r"sequence 1 has block 8 in place 2 .* 0 to 7\n",
+    ),
+    "a negative block": ("blocks", (0, 0), -1, r"sequence 0 has block -1 in place 0 of its list"),
+    "a block far away": ("blocks", (1, 0), 2**31 - 1, r"sequence 1 has block 2147483647"),
+    "more keys than its list": ("ends", 1, 17, r"sequence 1 has 17 keys, must be 0 to 16\n"),
+    "fewer keys than none": ("ends", 0, -1, r"sequence 0 has -1 keys"),
+    "starts that fall": ("starts", 1, 9, r"sequence 1 begins at query 9 and stops at 8\n"),
+    "starts beyond the queries": ("starts", 2, 9, r"starts_B goes from 0 to 9, must go from 0 to 8\n"),
+    "starts before the queries": ("starts", 0, -1, r"starts_B goes from -1 to 8"),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("wrong", LISTS)
+def test_lists_that_lead_elsewhere_are_refused(path, wrong):
+    """They are addresses: followed, they would read memory of somebody else, or write it."""
+    name, at, number, said = LISTS[wrong]
+    case = Case([5, 12], [3, 5])
+    assert case.cache[0].shape[0] == 8 and case.blocks.shape == (2, 4)
+    getattr(case, name)[at] = number
+    with pytest.raises(UsageError, match=said) as told:
+        OPERATOR.run(path, *case.arguments())
+    assert told.value.hint
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_last_place_of_a_list_and_the_last_block_are_of_use(path):
+    case = Case([16, 0], [3, 0])
+    case.blocks = case.blocks[:, :4]
+    assert (
+        case.blocks.shape[1] * case.block == case.lengths[0] and case.blocks.max() == len(case.cache[0]) - 1
+    )
+    case.assert_near_fp64(path)
 
 
 @pytest.mark.slow

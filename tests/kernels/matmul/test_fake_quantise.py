@@ -26,6 +26,16 @@ def test_it_is_rounding_and_back(path, form, dtype, shape, block):
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("shape", [(64,), (2, 3, 64), (2, 2, 3, 64)])
+def test_activations_of_any_arrangement_are_their_rows(form, shape):
+    x = torch.randn(shape, requires_grad=True)
+    y = fake_quantise(x, form, 1, 32)
+    assert torch.equal(y, fake_quantise(x.view(-1, 64), form, 1, 32).view(shape))
+    (dx,) = torch.autograd.grad(y, x, torch.ones(shape))
+    assert torch.equal(dx, torch.ones(shape))
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_gradient_goes_straight_through(path, form):

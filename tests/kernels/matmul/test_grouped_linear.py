@@ -5,9 +5,24 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from operator_checks import assert_is_node, assert_within_budget, rounded, run, usable
+from operator_checks import (
+    assert_is_node,
+    assert_near,
+    assert_within_budget,
+    filled_with_nan,
+    rounded,
+    run,
+    usable,
+)
+from sum_terms import terms_of
 
-from marrow.kernels.matmul.grouped_linear import OPERATOR, grouped_linear
+from marrow.kernels.matmul.grouped_linear import (
+    OPERATOR,
+    forward_cpu,
+    grouped_linear,
+    grouped_linear_reference,
+    multiply_in_c,
+)
 
 PATHS = usable(OPERATOR)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -34,7 +49,8 @@ CASES = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("counts", "rest", "outputs", "columns"), CASES)
 def test_values_and_gradients_stay_within_the_error_budget(path, dtype, counts, rest, outputs, columns):
-    assert_within_budget(OPERATOR, path, inputs(counts, rest, outputs, columns), dtype)
+    given = inputs(counts, rest, outputs, columns)
+    assert_within_budget(OPERATOR, path, given, dtype, terms=terms_of(OPERATOR, given))
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "triton"])
@@ -48,7 +64,46 @@ def test_values_and_gradients_stay_within_the_error_budget(path, dtype, counts, 
     seed=st.integers(0, 2**31),
 )
 def test_any_shape_stays_within_the_error_budget(path, dtype, counts, rest, outputs, columns, seed):
-    assert_within_budget(OPERATOR, path, inputs(tuple(counts), rest, outputs, columns, seed), dtype)
+    given = inputs(tuple(counts), rest, outputs, columns, seed)
+    assert_within_budget(OPERATOR, path, given, dtype, terms=terms_of(OPERATOR, given))
+
+
+@pytest.mark.skipif("cpu" not in PATHS, reason="no C compiler")
+@pytest.mark.parametrize("use_tiles", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=20)
+@hypothesis.given(
+    counts=st.lists(st.one_of(st.integers(0, 6), st.integers(0, 300)), min_size=1, max_size=4),
+    rest=st.integers(0, 3),
+    outputs=st.integers(1, 70),
+    columns=st.one_of(st.integers(1, 70), st.sampled_from((64, 512, 544, 800))),
+    seed=st.integers(0, 2**31),
+)
+def test_c_stays_within_the_error_budget_by_tiles_and_lanes(
+    dtype, use_tiles, counts, rest, outputs, columns, seed
+):
+    given = inputs(tuple(counts), rest, outputs, columns, seed)
+    x, weight, offsets = (part.to(dtype) if part.is_floating_point() else part for part in given)
+    with filled_with_nan():
+        y = multiply_in_c(x, weight, offsets, use_tiles=use_tiles)
+    plain, exact = grouped_linear_reference(x, weight, offsets), grouped_linear_reference(*given)
+    assert_near(y, plain, exact, term=terms_of(OPERATOR, given)[0], what=f"{dtype} tiles {use_tiles}")
+
+
+@pytest.mark.skipif("cpu" not in PATHS, reason="no C compiler")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("counts", [(1, 3), (40, 0, 5), (3, 700)])
+def test_threads_change_nothing(dtype, counts):
+    x, weight, offsets = inputs(counts, 2, 100, 96)
+    x, weight, threads = x.to(dtype), weight.to(dtype), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = multiply_in_c(x, weight, offsets, use_tiles=True)
+        torch.set_num_threads(2)
+        assert torch.equal(multiply_in_c(x, weight, offsets, use_tiles=True), one)
+        assert forward_cpu(x, weight, offsets).shape == one.shape
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -5,7 +5,15 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from operator_checks import assert_is_node, assert_within_budget, rounded, run, usable
+from operator_checks import (
+    assert_is_node,
+    assert_near,
+    assert_within_budget,
+    filled_with_nan,
+    rounded,
+    run,
+    usable,
+)
 
 from marrow.kernels.matmul.int8_linear import (
     OPERATOR,
@@ -82,7 +90,32 @@ def test_any_shape_agrees_with_the_reference(use_tiles, rows, outputs, inputs, s
 @pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 16, 64), (3, 13, 100), (17, 80, 192)])
 def test_unrounded_rows_stay_within_the_error_budget(path, dtype, rows, outputs, inputs):
     weight, scales = random_weight(outputs, inputs, rows)
-    assert_within_budget(OPERATOR, path, (rounded(rows, inputs, seed=rows), weight, scales, False), dtype)
+    x = rounded(rows, inputs, seed=rows)
+    terms = [float((x.abs() @ (weight.double().abs() * scales[:, None]).T).max())]
+    assert_within_budget(OPERATOR, path, (x, weight, scales, False), dtype, terms=terms)
+
+
+@pytest.mark.skipif(not HAS_C, reason="no C compiler")
+@pytest.mark.parametrize("use_tiles", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=25)
+@hypothesis.given(
+    rows=st.one_of(st.integers(1, 20), st.integers(1, 300)),
+    outputs=st.integers(1, 70),
+    inputs=st.one_of(st.integers(1, 300), st.sampled_from((512, 544, 800))),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_of_unrounded_rows_stays_within_the_error_budget(
+    dtype, use_tiles, rows, outputs, inputs, seed
+):
+    weight, scales = random_weight(outputs, inputs, seed)
+    x = rounded(rows, inputs, seed=seed)
+    with filled_with_nan():
+        y = forward_cpu(x.to(dtype), weight, scales, False, use_tiles=use_tiles)
+    plain = int8_linear_reference(x.to(dtype), weight, scales, False)
+    exact = int8_linear_reference(x, weight, scales, False)
+    term = float((x.abs() @ (weight.double().abs() * scales[:, None]).T).max())
+    assert_near(y, plain, exact, term=term, what=f"{dtype} tiles {use_tiles}")
 
 
 def test_rows_of_8_bits_err_as_stated():
@@ -128,14 +161,15 @@ def test_ties_go_to_even():
 
 @pytest.mark.skipif(not HAS_C, reason="no C compiler")
 @pytest.mark.parametrize("rows", [1, 40])
-def test_threads_change_nothing(rows):
-    (weight, scales), x = random_weight(80, 256, 7), rounded(rows, 256, seed=8).float()
+@pytest.mark.parametrize(("dtype", "rounds_rows"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_threads_change_nothing(rows, dtype, rounds_rows):
+    (weight, scales), x = random_weight(80, 256, 7), rounded(rows, 256, seed=8).to(dtype)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = OPERATOR.run("cpu", x, weight, scales, True)
+        one = OPERATOR.run("cpu", x, weight, scales, rounds_rows)
         torch.set_num_threads(2)
-        assert torch.equal(OPERATOR.run("cpu", x, weight, scales, True), one)
+        assert torch.equal(OPERATOR.run("cpu", x, weight, scales, rounds_rows), one)
     finally:
         torch.set_num_threads(threads)
 

@@ -5,9 +5,25 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from operator_checks import assert_is_node, assert_within_budget, rounded, run, usable
+from operator_checks import (
+    assert_is_node,
+    assert_near,
+    assert_within_budget,
+    filled_with_nan,
+    rounded,
+    run,
+    usable,
+)
+from sum_terms import terms_of
 
-from marrow.kernels.matmul.lora_linear import OPERATOR, dora_gains, lora_linear
+from marrow.kernels.matmul.lora_linear import (
+    OPERATOR,
+    dora_gains,
+    forward_cpu,
+    forward_torch,
+    lora_linear,
+    lora_linear_reference,
+)
 
 PATHS = usable(OPERATOR)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -44,11 +60,11 @@ CASES = [
 def test_values_and_gradients_stay_within_the_error_budget(
     path, dtype, rows, outputs, columns, rank, adapters, has_gains
 ):
-    assert_within_budget(
-        OPERATOR, path, inputs(rows, outputs, columns, rank, adapters, has_gains=has_gains), dtype
-    )
+    given = inputs(rows, outputs, columns, rank, adapters, has_gains=has_gains)
+    assert_within_budget(OPERATOR, path, given, dtype, terms=terms_of(OPERATOR, given))
 
 
+@pytest.mark.parametrize("path", [path for path in PATHS if path not in ("triton", "reference")])
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=20)
 @hypothesis.given(
@@ -59,9 +75,57 @@ def test_values_and_gradients_stay_within_the_error_budget(
     has_gains=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_any_mixture_stays_within_the_error_budget(dtype, adapters, outputs, columns, rank, has_gains, seed):
+def test_any_mixture_stays_within_the_error_budget(
+    path, dtype, adapters, outputs, columns, rank, has_gains, seed
+):
     given = inputs(len(adapters), outputs, columns, rank, tuple(adapters), has_gains=has_gains, seed=seed)
-    assert_within_budget(OPERATOR, "torch", given, dtype)
+    assert_within_budget(OPERATOR, path, given, dtype, terms=terms_of(OPERATOR, given))
+
+
+@pytest.mark.skipif("cpu" not in PATHS, reason="no C compiler")
+@pytest.mark.parametrize("use_tiles", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=20)
+@hypothesis.given(
+    rows=st.one_of(st.integers(1, 40), st.integers(129, 400)),
+    count=st.sampled_from((1, 1, 3, 4)),
+    outputs=st.integers(1, 70),
+    columns=st.one_of(st.integers(1, 70), st.sampled_from((64, 544))),
+    rank=st.one_of(st.integers(1, 40), st.sampled_from((16, 32, 64, 512))),
+    has_gains=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_c_stays_within_the_error_budget_by_tiles_and_lanes(
+    dtype, use_tiles, rows, count, outputs, columns, rank, has_gains, seed
+):
+    numbers = torch.randint(-1, count, (rows,), generator=torch.Generator().manual_seed(seed)).tolist()
+    given = inputs(rows, outputs, columns, rank, tuple(numbers), has_gains=has_gains, seed=seed)
+    own = [x.to(dtype) if x.dtype == torch.float64 else x for x in given]
+    with filled_with_nan():
+        y, low = forward_cpu(*own, use_tiles=use_tiles)
+    plain, exact = lora_linear_reference(*own), lora_linear_reference(*given)
+    assert_near(y, plain, exact, term=terms_of(OPERATOR, given)[0], what=f"{dtype} tiles {use_tiles}")
+    a_of_rows = given[2][given[5].clamp(min=0).long()]
+    low_exact = torch.einsum("mk,mrk->mr", given[1], a_of_rows) * (given[5] >= 0)[:, None]
+    size = float(torch.einsum("mk,mrk->mr", given[1].abs(), a_of_rows.abs()).max())
+    assert_near(low, forward_torch(*own)[1], low_exact, term=size, what=f"low {dtype} tiles {use_tiles}")
+
+
+@pytest.mark.skipif("cpu" not in PATHS, reason="no C compiler")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [3, 300])
+def test_threads_change_nothing(dtype, rows):
+    given = inputs(rows, 100, 96, 20, tuple(row % 3 - 1 for row in range(rows)), has_gains=True)
+    own = [x.to(dtype) if x.dtype == torch.float64 else x for x in given]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        y, low = forward_cpu(*own)
+        torch.set_num_threads(2)
+        for ours, one in zip(forward_cpu(*own), (y, low), strict=True):
+            assert torch.equal(ours, one)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from operator_checks import assert_is_node, assert_within_budget, rounded, run, usable
 from thread_counts import one_and_two
 
+from marrow.core.errors import UsageError
 from marrow.kernels import tile
 from marrow.kernels.memory import meta, phantom
 from marrow.kernels.norms.rms_norm import (
@@ -124,7 +125,7 @@ def test_it_is_torch_s_own():
 
 
 def test_a_weight_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="weight"):
+    with pytest.raises(UsageError, match=r"weight|bias"):
         rms_norm(torch.randn(2, 8), torch.randn(7), 1e-5)
 
 

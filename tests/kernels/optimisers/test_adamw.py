@@ -149,6 +149,20 @@ def test_what_does_not_fit_is_refused():
         adamw([x], [x], [x], [x], lr=0.1, step=1, copies=[y])
     with pytest.raises(ValueError, match="step"):
         adamw([x], [x], [x], [x], lr=0.1, step=0)
+    far = torch.zeros(3, device="meta")
+    for given in ([far], [x], [x]), ([x], [far], [x]), ([x], [x], [far]):
+        with pytest.raises(ValueError, match="not on cpu"):
+            adamw([x], *given, lr=0.1, step=1)
+
+
+def test_a_backward_through_the_old_values_is_refused():
+    """The parameter is written in place: autograd must see that."""
+    x, param = torch.randn(2, 3), torch.randn(3, 4, requires_grad=True)
+    y = (x.requires_grad_() @ param).sum()
+    with torch.no_grad():
+        adamw([param], [torch.ones(3, 4)], [torch.zeros(3, 4)], [torch.zeros(3, 4)], lr=0.1, step=1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
 
 
 @pytest.mark.slow

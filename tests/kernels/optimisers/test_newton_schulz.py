@@ -34,6 +34,11 @@ def test_any_shape_stays_within_the_error_budget(path, dtype, matrices, rows, mo
     assert_within_budget(OPERATOR, path, (rounded(matrices, rows, rows + more, seed=seed), steps), dtype)
 
 
+@pytest.mark.parametrize("shape", [(2, 512, 520), (1, 515, 600)])
+def test_blocks_of_a_large_matrix_stay_within_the_error_budget(shape):
+    assert_within_budget(OPERATOR, "torch", (rounded(*shape, seed=2), 2), torch.float32)
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_singular_values_follow_the_polynomial_and_vectors_stay(path):
     """The plain oracle: on a singular value decomposition each step is a polynomial of numbers."""

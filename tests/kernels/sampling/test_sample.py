@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from operator_checks import filled_with_nan, usable
 
+from marrow.core.errors import UsageError
 from marrow.kernels.memory import meta, phantom
 from marrow.kernels.sampling.draws import Draw, Draws, uniform
 from marrow.kernels.sampling.sample import OPERATOR, forward_triton, sample
@@ -333,3 +334,10 @@ def test_torch_library_accepts_it():
     packed = Draws.of([Draw(top_k=5)] * 2)
     given = torch.randn(2, 30), packed.factors_S6, packed.keys_S4, packed.history_N, packed.starts_S1, 2
     torch.library.opcheck(torch.ops.marrow.sample.default, given)
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (1, 7), (7,), (1, 2, 7)])
+def test_logits_that_are_not_a_row_for_each_draw_are_refused(shape):
+    """C takes addresses: it would read behind the draws' end."""
+    with pytest.raises(UsageError, match=r"logits \[.*7\] for 2 draws"):
+        sample(torch.zeros(shape), Draws.of([Draw(), Draw()]))

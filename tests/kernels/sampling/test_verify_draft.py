@@ -7,6 +7,7 @@ import pytest
 import torch
 from operator_checks import filled_with_nan, usable
 
+from marrow.core.errors import UsageError
 from marrow.kernels.sampling.draws import Draw, Draws
 from marrow.kernels.sampling.sample import sample
 from marrow.kernels.sampling.verify_draft import OPERATOR, draft_seed, match, verify_draft
@@ -181,3 +182,19 @@ def test_torch_library_accepts_it():
     logits, drafts, begins, probs, draws = random_case(1)
     given = logits, drafts, begins, probs, draws.factors_S6, draws.keys_S4, draws.history_N, draws.starts_S1
     torch.library.opcheck(torch.ops.marrow.verify_draft.default, given)
+
+
+@pytest.mark.parametrize(
+    ("drafts", "probs", "rows", "said"),
+    [
+        (torch.zeros(1, dtype=torch.int64), None, 2, r"drafts \[1\]"),
+        (torch.zeros(2, dtype=torch.int32), None, 2, "torch.int32"),
+        (torch.zeros(2, dtype=torch.int64), torch.zeros(2, 6), 2, r"probabilities \[2, 6\]"),
+        (torch.zeros(2, dtype=torch.int64), torch.zeros(2, 7).double(), 2, "torch.float64"),
+        (torch.zeros(3, dtype=torch.int64), None, 3, "for 2 draws"),
+    ],
+)
+def test_what_is_not_one_for_each_row_is_refused(drafts, probs, rows, said):
+    """C takes addresses: it would read behind their end."""
+    with pytest.raises(UsageError, match=said):
+        verify_draft(torch.zeros(rows, 7), drafts, torch.tensor([0, rows]), Draws.of([Draw(), Draw()]), probs)

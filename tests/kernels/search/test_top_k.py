@@ -223,3 +223,13 @@ def test_rows_beyond_two_to_the_31_numbers_are_read_in_c() -> None:
         assert result.rows_QK.tolist() == [[139_999, 5]]
         assert result.scores_QK.tolist() == [[3.0, 0.0]]
         del vectors
+
+
+def test_rows_of_any_whole_dtype_are_found_and_others_refused() -> None:
+    """C reads 64 bits a row: numbers of 32 would be read two at once."""
+    queries, vectors = torch.eye(4)[:1], torch.arange(20.0).reshape(5, 4)
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        found = top_k(queries, vectors, 2, among=torch.tensor([3, 1, 0], dtype=dtype))
+        assert found.rows_QK.tolist() == [[3, 1]]
+    with pytest.raises(UsageError, match=r"rows of torch\.float32"):
+        top_k(queries, vectors, 2, among=torch.tensor([3.0, 1.0]))

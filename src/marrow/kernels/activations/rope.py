@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from marrow.kernels import native, tile
-from marrow.kernels.activations.rope_frequencies import RopeScaling, frequencies
+from marrow.kernels.activations.rope_frequencies import frequencies
+from marrow.kernels.activations.rope_scaling import RopeScaling
+from marrow.kernels.arguments import FLOATS, Expects
 from marrow.kernels.dispatch import Example, Gradient, Operator
 from marrow.kernels.tile import tl
 
@@ -44,12 +46,9 @@ def rope(x_NHD: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
 
     Args: x_NHD: [N, H, D], D even. cos_NE, sin_NE: [N, D/2], from `rope_angles`; no gradient.
     Returns: [N, H, D] of x's dtype.
-    Raises: ValueError if the angles do not fit the heads.
+    Raises: UsageError if the angles do not fit the heads.
     Cost: reads and writes N H D elements; 3 N H D FLOPs; bound by memory.
     """
-    tokens, _, channels = x_NHD.shape
-    if cos_NE.shape != (tokens, channels // 2) or sin_NE.shape != cos_NE.shape or channels % 2:
-        raise ValueError(f"angles of shape {list(cos_NE.shape)} for heads of shape {list(x_NHD.shape)}")
     result: Tensor = OPERATOR(x_NHD, cos_NE, sin_NE)
     return result
 
@@ -177,12 +176,21 @@ def _examples(dtype: torch.dtype, device: str) -> list[Example]:
     return examples
 
 
+def _misfit(x_NHD: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> tuple[str, str] | None:
+    """Say what does not fit, beyond what the names of the inputs say."""
+    if x_NHD.shape[2] != 2 * cos_NE.shape[1]:
+        what = f"angles of shape {list(cos_NE.shape)} for heads of {x_NHD.shape[2]} channels"
+        return what, "two channels an angle"
+    return None
+
+
 OPERATOR = Operator(
     "rope",
     rope_reference,
     fake=_empty,
     gradient=Gradient(inputs=(0,), saves=lambda inputs, outputs: inputs[1:], fake=_empty),
     examples=_examples,
+    expects=Expects(dtypes={"cos_NE": FLOATS, "sin_NE": FLOATS}, also=_misfit),
 )
 OPERATOR.add("cpu", forward_cpu, backward_cpu, **native.path("rope"))
 OPERATOR.add("triton", forward_triton, backward_triton, **tile.path())

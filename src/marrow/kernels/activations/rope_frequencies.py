@@ -5,47 +5,16 @@
     llama3    slow pairs divided by the factor, fast ones kept, a linear passage between
     yarn      the same passage counted in turns over the original context; attention sharpened
 
-Pure functions of a record; Hugging Face's names for the same fields stand in its comments.
+Pure functions of the record `RopeScaling`.
 Source: Chen et al. 2023 (linear); bloc97 2023 (NTK); Peng et al. 2023 (YaRN); Llama 3.1's model card.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class RopeScaling:
-    """How a model's context is stretched. What a kind does not name, it does not read.
-
-    factor: of the stretch, all kinds. original_positions: that the model was trained for first (dynamic,
-    llama3, yarn). slow_turns, fast_turns: pairs that turn less or more often than this within the original
-    context are divided by the factor, or kept (llama3, yarn). attention_factor: multiplies cosines and sines
-    (yarn); None follows from the factor, or from the two mscales where both are given. is_truncated: the
-    passage of yarn begins and ends at whole pairs.
-    """
-
-    kind: Literal["linear", "dynamic", "llama3", "yarn"]
-    factor: float
-    original_positions: int = 0  # original_max_position_embeddings; dynamic: max_position_embeddings
-    slow_turns: float = 1.0  # llama3: low_freq_factor; yarn: beta_slow
-    fast_turns: float = 4.0  # llama3: high_freq_factor; yarn: beta_fast, for which Hugging Face takes 32
-    attention_factor: float | None = None
-    mscale: float = 0.0
-    mscale_all_dim: float = 0.0
-    is_truncated: bool = True  # truncate
-
-    def __post_init__(self) -> None:
-        """Refuse what no kind can compute."""
-        if not self.factor >= 1:
-            raise ValueError(f"factor = {self.factor}: must be at least 1")
-        if self.kind != "linear" and self.original_positions < 1:
-            raise ValueError(f"original_positions = {self.original_positions}: {self.kind} needs it")
-        if self.kind in ("llama3", "yarn") and not 0 < self.slow_turns < self.fast_turns:
-            raise ValueError(f"slow_turns = {self.slow_turns} must lie between 0 and {self.fast_turns}")
+from marrow.kernels.activations.rope_scaling import RopeScaling
 
 
 def frequencies(
@@ -66,7 +35,7 @@ def frequencies(
         stretch = scaling.factor * max(length, scaling.original_positions) / scaling.original_positions
         theta *= (stretch - (scaling.factor - 1)) ** (head_size / (head_size - 2))
     plain_E = 1.0 / theta**steps_E
-    if scaling is None or scaling.kind == "dynamic":
+    if scaling is None or scaling.kind in ("none", "dynamic"):
         return plain_E, 1.0
     if scaling.kind == "linear":
         return plain_E / scaling.factor, 1.0

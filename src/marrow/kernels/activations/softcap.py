@@ -68,16 +68,21 @@ def _backward(dy, x, dx, count, cap, BLOCK: tl.constexpr):  # type: ignore[no-un
 
 def forward_triton(x: Tensor, cap: float) -> Tensor:
     """Give each program 2048 elements."""
-    x, y = x.contiguous(), _empty(x, cap)
-    tile.launch(_forward, (-(-x.numel() // _BLOCK),), x, y, x.numel(), cap, BLOCK=_BLOCK, num_warps=4)
+    x, y, options = x.contiguous(), _empty(x, cap), _options("softcap", x)
+    tile.launch(_forward, (-(-x.numel() // options["BLOCK"]),), x, y, x.numel(), cap, **options)
     return y
 
 
 def backward_triton(dy: Tensor, x: Tensor, cap: float) -> Tensor:
     """As forward."""
-    dy, x, dx = dy.contiguous(), x.contiguous(), _empty(x, cap)
-    tile.launch(_backward, (-(-x.numel() // _BLOCK),), dy, x, dx, x.numel(), cap, BLOCK=_BLOCK, num_warps=4)
+    dy, x, dx, options = dy.contiguous(), x.contiguous(), _empty(x, cap), _options("softcap_backward", x)
+    tile.launch(_backward, (-(-x.numel() // options["BLOCK"]),), dy, x, dx, x.numel(), cap, **options)
     return dx
+
+
+def _options(op: str, x: Tensor) -> dict[str, int]:
+    others = ({"num_warps": 8}, {"BLOCK": 1024}, {"BLOCK": 4096, "num_warps": 8})
+    return tile.config(op, x.dtype, {"BLOCK": _BLOCK, "num_warps": 4}, others)
 
 
 # CPU

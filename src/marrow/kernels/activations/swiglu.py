@@ -13,6 +13,7 @@ from torch import Tensor
 
 from marrow.kernels import native, tile
 from marrow.kernels.activations.gated import gated_shape, gated_tiles
+from marrow.kernels.arguments import Expects
 from marrow.kernels.dispatch import Example, Gradient, Operator
 from marrow.kernels.tile import tl
 
@@ -139,6 +140,7 @@ OPERATOR = Operator(
     fake=_empty,
     gradient=Gradient(inputs=(0,), saves=lambda inputs, outputs: inputs, fake=_empty_gradient),
     examples=_examples,
+    expects=Expects(leading=True),
 )
 OPERATOR.add("cpu", forward_cpu, backward_cpu, **native.path("swiglu"))
 OPERATOR.add("triton", forward_triton, backward_triton, **tile.path())

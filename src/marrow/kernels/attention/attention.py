@@ -7,6 +7,11 @@
 A document is a run of equal numbers in a row, so two numbers a token, where its document begins and
 ends, say all that a mask of T x T would. `pack` computes them once for a batch; all layers share them.
 
+What is finite in a document changes no bit of another on any path. NaN and infinity stay within their own
+document on the CPU path alone. The reference, torch's kernels and Triton's multiply what is not seen by a
+p of 0, which makes NaN of them in documents of the same row or, in Triton, of the same block of tokens. That
+is no loss in training: its loss is a sum over documents, and not finite with any of them.
+
 Axes: N = B T tokens, B rows, T tokens a row, H query heads, K kv heads, G = H/K, D head size, S keys,
 M = H B. Source: FlashAttention (Dao et al. 2022; Dao 2023).
 """
@@ -19,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from marrow.kernels import native, tile
+from marrow.kernels.arguments import Expects
 from marrow.kernels.attention.attention_torch import (
     backward_torch,
     forward_torch,
@@ -85,6 +91,18 @@ def attention_reference(
 ) -> Tensor:
     """Compute `attention` in plain torch: all scores, one mask, one softmax."""
     return _reference(q_NHD, k_NKD, v_NKD, *_plain(packing), window, softcap)
+
+
+def _misfit(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, *plain: Any) -> tuple[str, str] | None:
+    """Say what does not fit, beyond what the names of the inputs say."""
+    row_tokens, window = plain[2], plain[4]
+    if q_NHD.shape[1] % max(1, k_NKD.shape[1]):
+        return f"{q_NHD.shape[1]} query heads for {k_NKD.shape[1]} kv heads", "a multiple, for equal groups"
+    if row_tokens < 1 or q_NHD.shape[0] % row_tokens:
+        return f"{q_NHD.shape[0]} tokens in rows of {row_tokens}", "pack the batch that is attended in"
+    if window < 0:
+        return f"window = {window}", "0 for all keys, or how many"
+    return None
 
 
 def _plain(packing: Packing) -> tuple[Tensor, Tensor, int, bool]:
@@ -262,6 +280,7 @@ OPERATOR = Operator(
     ),
     examples=_examples,
     shape_class=_shape_class,
+    expects=Expects(dtypes={"first_N": torch.int32, "last_N": torch.int32}, also=_misfit),
 )
 OPERATOR.add("torch", forward_torch, backward_torch, dtypes=(torch.float32, torch.bfloat16, torch.float16))
 OPERATOR.add("triton", forward_triton, backward_triton, **tile.path())

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from marrow.kernels.attention.paged_lists import check_lists
+
 
 def paged_attention_reference(
     q_NHD: Tensor,
@@ -25,12 +27,14 @@ def paged_attention_reference(
     softcap: float = 0.0,
 ) -> Tensor:
     """Compute `paged_attention` in plain torch: sequence by sequence, gather and softmax."""
+    check_lists(q_NHD, keys_PSKD, blocks_BM, starts_B, ends_B)
     wide = torch.promote_types(q_NHD.dtype, torch.float32)
     groups = q_NHD.shape[1] // keys_PSKD.shape[2]
     starts, outputs = starts_B.tolist(), [q_NHD[:0].to(wide)]
     for blocks_M, begin, end, length in zip(blocks_BM, starts[:-1], starts[1:], ends_B.tolist(), strict=True):
+        hidden = _hidden(end - begin, length, window)
         k_LKD, v_LKD = (
-            _wide(cache, scales, blocks_M.long(), wide)[:length]
+            _wide(cache, scales, blocks_M.long(), wide)[hidden:length]
             for cache, scales in ((keys_PSKD, key_scales_PSK), (values_PSKD, value_scales_PSK))
         )
         k_HLD, v_HLD = (x.repeat_interleave(groups, dim=1).transpose(0, 1) for x in (k_LKD, v_LKD))
@@ -38,7 +42,7 @@ def paged_attention_reference(
         scores_HXL = (q_HXD @ k_HLD.mT) * q_NHD.shape[-1] ** -0.5
         if softcap:
             scores_HXL = torch.tanh(scores_HXL / softcap) * softcap
-        seen_XL = seen_by(end - begin, length, window, q_NHD.device)
+        seen_XL = seen_by(end - begin, length, window, q_NHD.device)[:, hidden:]
         p_HXL = scores_HXL.masked_fill(~seen_XL, float("-inf")).softmax(-1)
         p_HXL = p_HXL.masked_fill(~seen_XL, 0.0)  # NaN where a query sees nothing
         outputs.append((p_HXL @ v_HLD).transpose(0, 1))
@@ -73,6 +77,7 @@ def forward_torch(
     if softcap or key_scales_PSK is not None or not q_NHD.numel():
         given = (q_NHD, *caches, key_scales_PSK, value_scales_PSK, blocks_BM, starts_B, ends_B)
         return paged_attention_reference(*given, max_queries, max_keys, window, softcap)
+    check_lists(q_NHD, keys_PSKD, blocks_BM, starts_B, ends_B)
     starts, ends = starts_B.tolist(), ends_B.tolist()
     single = [i for i in range(len(ends)) if starts[i + 1] - starts[i] == 1]
     buckets = list(_buckets(single, ends))
@@ -105,9 +110,9 @@ def _decode(
     k_BKLD, v_BKLD = (_gather(cache, blocks_BM) for cache in (keys_PSKD, values_PSKD))
     at_L = torch.arange(k_BKLD.shape[2], device=q_BHD.device)
     seen_BL = at_L < ends_B[:, None]
+    seen_BL = seen_BL & (at_L >= ends_B[:, None] - window) if window else seen_BL
     for x_BKLD in (k_BKLD, v_BKLD):  # a NaN there would outlive its mask
         x_BKLD.masked_fill_(~seen_BL[:, None, :, None], 0.0)
-    seen_BL = seen_BL & (at_L >= ends_B[:, None] - window) if window else seen_BL
     q_BKGD = q_BHD.reshape(q_BHD.shape[0], kv_heads, -1, q_BHD.shape[2])
     o_BKGD = F.scaled_dot_product_attention(q_BKGD, k_BKLD, v_BKLD, attn_mask=seen_BL[:, None, None])
     return o_BKGD.flatten(1, 2).masked_fill_(~(ends_B > 0)[:, None, None], 0.0)
@@ -120,14 +125,14 @@ def _prefill(
     queries, size = q_XHD.shape[0], keys_PSKD.shape[1]
     if not queries or not length:
         return torch.zeros_like(q_XHD)
-    blocks_1M = blocks_M[None, : -(-length // size)]
-    k_1KLD, v_1KLD = (_gather(cache, blocks_1M)[:, :, :length] for cache in (keys_PSKD, values_PSKD))
+    blocks_1M, hidden = blocks_M[None, : -(-length // size)], _hidden(queries, length, window)
+    k_1KLD, v_1KLD = (_gather(cache, blocks_1M)[:, :, hidden:length] for cache in (keys_PSKD, values_PSKD))
     is_whole = queries == length and not window
     o_1HXD = F.scaled_dot_product_attention(
         q_XHD.transpose(0, 1)[None],
         k_1KLD,
         v_1KLD,
-        attn_mask=None if is_whole else seen_by(queries, length, window, q_XHD.device),
+        attn_mask=None if is_whole else seen_by(queries, length, window, q_XHD.device)[:, hidden:],
         is_causal=is_whole,
         enable_gqa=True,
     )
@@ -142,6 +147,11 @@ def _gather(cache_PSKD: Tensor, blocks_BM: Tensor) -> Tensor:
     rows = blocks_BM.shape[0]
     picked_NSKD = cache_PSKD.index_select(0, blocks_BM.flatten())
     return picked_NSKD.view(rows, -1, *cache_PSKD.shape[2:]).transpose(1, 2)
+
+
+def _hidden(queries: int, length: int, window: int) -> int:
+    """Return how many keys come before the first query's window: they may be anything."""
+    return max(0, length - queries - window + 1) if window else 0
 
 
 def seen_by(queries: int, length: int, window: int, device: torch.device) -> Tensor:

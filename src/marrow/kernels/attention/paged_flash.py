@@ -16,25 +16,27 @@ from torch import Tensor
 
 from marrow.kernels import tile
 from marrow.kernels.attention.flash import NEVER, _bend
+from marrow.kernels.attention.paged_lists import check_lists
 from marrow.kernels.tile import tl
 
 
 # fmt: off
 @tile.jit
 def _load(  # type: ignore[no-untyped-def]
-    cache, table, at_N, length, kv_heads, head, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    cache, table, at_N, least, length, kv_heads, head, MASKED: tl.constexpr, BLOCK: tl.constexpr,
     SIZE: tl.constexpr, WIDTH: tl.constexpr,
 ):
-    """Load rows of a kv head by the list of blocks, and where their scales are."""
+    """Load rows of a kv head by the list of blocks, zeros before key `least`, and where their scales are."""
     across = tl.arange(0, WIDTH)
+    inside_N = (at_N >= least) & (at_N < length)
     if MASKED:
-        blocks = tl.load(table + at_N // BLOCK, mask=at_N < length, other=0)
+        blocks = tl.load(table + at_N // BLOCK, mask=inside_N, other=0)
     else:
         blocks = tl.load(table + at_N // BLOCK)
     rows = (blocks.to(tl.int64) * BLOCK + at_N % BLOCK) * kv_heads + head
     places = cache + rows[:, None] * SIZE + across[None, :]
     if MASKED:
-        inside = (at_N[:, None] < length) & (across[None, :] < SIZE)
+        inside = inside_N[:, None] & (across[None, :] < SIZE)
         return tl.load(places, mask=inside, other=0.0), rows
     if SIZE == WIDTH:
         return tl.load(places), rows
@@ -43,18 +45,18 @@ def _load(  # type: ignore[no-untyped-def]
 
 @tile.jit
 def _attend(  # type: ignore[no-untyped-def]
-    queries, keys, values, key_scales, value_scales, table, begin, end, length, kv_heads, head, low_M,
-    high_M, o, most, total, scale, softcap, MASKED: tl.constexpr, QUANTISED: tl.constexpr,
+    queries, keys, values, key_scales, value_scales, table, begin, end, least, length, kv_heads, head,
+    low_M, high_M, o, most, total, scale, softcap, MASKED: tl.constexpr, QUANTISED: tl.constexpr,
     SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Carry o, the largest scores and the sums on over the keys from `begin` to `end`."""
     for first in range(begin, end, BLOCK_N):
         at_N = first + tl.arange(0, BLOCK_N)
-        k, rows = _load(keys, table, at_N, length, kv_heads, head, MASKED, BLOCK, SIZE, WIDTH)
+        k, rows = _load(keys, table, at_N, least, length, kv_heads, head, MASKED, BLOCK, SIZE, WIDTH)
         scores = tl.dot(queries, tl.trans(k.to(queries.dtype)), input_precision=PRECISION)
         if QUANTISED:  # a key's scale is one number for all of its scores
-            inside = at_N < length
+            inside = (at_N >= least) & (at_N < length)
             scores *= tl.load(key_scales + rows, mask=inside, other=0.0)[None, :]
         scores, _ = _bend(scores, scale, softcap, SOFTCAP)
         if MASKED:
@@ -64,7 +66,7 @@ def _attend(  # type: ignore[no-untyped-def]
         shrink = tl.exp2(most - top)
         p = tl.exp2(scores - top[:, None])
         total = total * shrink + tl.sum(p, 1)
-        v, rows = _load(values, table, at_N, length, kv_heads, head, MASKED, BLOCK, SIZE, WIDTH)
+        v, rows = _load(values, table, at_N, least, length, kv_heads, head, MASKED, BLOCK, SIZE, WIDTH)
         if QUANTISED:
             p *= tl.load(value_scales + rows, mask=inside, other=0.0)[None, :]
         product = tl.dot(p.to(queries.dtype), v.to(queries.dtype), input_precision=PRECISION)
@@ -106,10 +108,11 @@ def _forward(  # type: ignore[no-untyped-def]
         inside = inside_M[:, None] & (across[None, :] < SIZE)
         queries = tl.load(q + places, mask=inside, other=0.0)
         # Of the keys that some query sees this split takes its share, in whole blocks of BLOCK_N.
-        least = tl.maximum(length - count + first_query - window + 1, 0) // BLOCK_N * BLOCK_N
+        least = tl.maximum(length - count + first_query - window + 1, 0)  # before it may be anything
+        first_key = least // BLOCK_N * BLOCK_N
         most_key = tl.minimum(first_query + QUERIES, count) + length - count
-        share = (tl.maximum(most_key - least, 0) + SPLITS * BLOCK_N - 1) // (SPLITS * BLOCK_N) * BLOCK_N
-        begin = least + split * share
+        share = (tl.maximum(most_key - first_key, 0) + SPLITS * BLOCK_N - 1) // (SPLITS * BLOCK_N) * BLOCK_N
+        begin = first_key + split * share
         end = tl.minimum(begin + share, most_key)
         # Up to here all queries see all keys, where there is no window.
         full = tl.minimum(end, tl.maximum(length - count + first_query + 1, 0)) // BLOCK_N * BLOCK_N
@@ -119,14 +122,14 @@ def _forward(  # type: ignore[no-untyped-def]
         total = tl.zeros([BLOCK_M], tl.float32)
         table = blocks + sequence.to(tl.int64) * list_length
         sums, most, total = _attend(
-            queries, keys, values, key_scales, value_scales, table, begin, full, length, kv_heads, head,
-            low_M, high_M, sums, most, total, scale, softcap, False, QUANTISED, SOFTCAP, BLOCK, SIZE, WIDTH,
-            BLOCK_N, PRECISION,
+            queries, keys, values, key_scales, value_scales, table, begin, full, least, length, kv_heads,
+            head, low_M, high_M, sums, most, total, scale, softcap, False, QUANTISED, SOFTCAP, BLOCK, SIZE,
+            WIDTH, BLOCK_N, PRECISION,
         )
         sums, most, total = _attend(
-            queries, keys, values, key_scales, value_scales, table, full, end, length, kv_heads, head,
-            low_M, high_M, sums, most, total, scale, softcap, True, QUANTISED, SOFTCAP, BLOCK, SIZE, WIDTH,
-            BLOCK_N, PRECISION,
+            queries, keys, values, key_scales, value_scales, table, full, end, least, length, kv_heads,
+            head, low_M, high_M, sums, most, total, scale, softcap, True, QUANTISED, SOFTCAP, BLOCK, SIZE,
+            WIDTH, BLOCK_N, PRECISION,
         )
         if SPLITS == 1:
             sums = sums / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -172,7 +175,8 @@ def forward_triton(
     window: int,
     softcap: float,
 ) -> Tensor:
-    """Start one program for each block of rows, kv head and split; the host reads no tensor."""
+    """Start one program for each block of rows, kv head and split; the host reads no tensor of a GPU."""
+    check_lists(q_NHD, keys_PSKD, blocks_BM, starts_B, ends_B)
     q_NHD, keys_PSKD, values_PSKD = q_NHD.contiguous(), keys_PSKD.contiguous(), values_PSKD.contiguous()
     tokens, heads, size = q_NHD.shape
     sequences, (_, block, kv_heads, _), o_NHD = blocks_BM.shape[0], keys_PSKD.shape, torch.empty_like(q_NHD)
@@ -221,7 +225,7 @@ def _options(q_NHD: Tensor, keys_PSKD: Tensor, max_queries: int, softcap: float)
         default | {"BLOCK_N": keys, "num_stages": stages} for keys in (32, 64, 128) for stages in (2, 3, 4)
     ]
     others += [default | {"num_warps": warps} for warps in (2, 8)]
-    shape = (kind, width, str(keys_PSKD.dtype).removeprefix("torch."))
+    shape = (kind, width, *(str(x.dtype).removeprefix("torch.") for x in (q_NHD, keys_PSKD)))
     cut = tile.config("paged_attention", shape, default, others if is_half else ())
     fixed = {
         "QUANTISED": keys_PSKD.dtype.itemsize == 1,

@@ -4,6 +4,10 @@
  * 16. Forward: a task is 256 of them against the keys they see, with the softmax carried along. Backward: a task is a
  * kv head of a row of the batch, 64 of them at a time against chunks of 64 keys; scores are computed anew from the
  * saved log-sum-exp, and dk and dv are summed in fp32 over all of them before they are rounded once.
+ *
+ * Documents meet in a tile and a chunk, where what one does not see of another has the factor 0. Rows that are not
+ * finite would outlive it: they are taken out of the panels, and values and gradients are added one by one to those
+ * that see them. To queries and keys that is spared: their scores are not finite, and so is all that sees them.
  */
 #include "attention.h"
 
@@ -72,6 +76,23 @@ INLINE void store_row(char *to, const float *from, float factor, long size, int 
         store_some(to, at, size - at, load_some(from, at, size - at, F32) * factor, type);
 }
 
+/* sums + factor x a row. */
+INLINE void add_row(float *sums, float factor, const char *row, long size, int type) {
+    for (long at = 0; at < size; at += LANES)
+        store_some(sums, at, size - at, load_some(sums, at, size - at, F32) + factor * load_some(row, at, size - at, type),
+                   F32);
+}
+
+/* sums [16][padded] += factors [64 keys][16] times the keys or values that are `wild`, where a lane sees them. */
+INLINE void add_wild(const call *c, float *sums, const float *factors, const sight *seen, uint64_t wild, const char *from,
+                     long first, long head, int type) {
+    for (int key = 0; wild; key++, wild >>= 1)
+        for (int lane = 0; lane < LANES && wild & 1; lane++)
+            if (key >= seen->low[lane] && key <= seen->high[lane])
+                add_row(sums + lane * c->padded, factors[key * LANES + lane],
+                        from + ((first + key) * c->kv_heads + head) * c->size * bytes_of(type), c->size, type);
+}
+
 typedef struct {
     char *queries, *panel, *keys, *values;
     float *o, *most, *sum, *scores;
@@ -82,7 +103,7 @@ typedef struct {
 INLINE void forward_task(const call *c, const room *r, long first_query, long queries, long head, int type) {
     long group = c->heads / c->kv_heads, rows = queries * group, tiles = (rows + LANES - 1) / LANES;
     long bytes = bytes_of(type), stride = c->padded * bytes, begin = INT32_MAX;
-    float scale = c->softcap != 0 ? c->scale / c->softcap : c->scale * LOG2E;
+    float scale = c->softcap != 0 ? c->scale / c->softcap : c->scale * unit_of(type);
     int32_t places[LANES];
     for (int lane = 0; lane < LANES; lane++) places[lane] = lane;
     for (long tile = 0; tile < tiles; tile++) {
@@ -96,6 +117,7 @@ INLINE void forward_task(const call *c, const room *r, long first_query, long qu
             if (r->low[tile * LANES + lane] < begin) begin = r->low[tile * LANES + lane];
         }
     }
+    int is_mixed = r->low[0] != r->low[rows - 1]; /* some do not see what others see */
     memset(r->o, 0, tiles * LANES * c->padded * 4);
     for (long first = begin; first < first_query + queries; first += KEYS) {
         long left = first_query + queries - first, count = left < KEYS ? left : KEYS;
@@ -105,6 +127,8 @@ INLINE void forward_task(const call *c, const room *r, long first_query, long qu
         four_tiles(keys, r->keys, stride);
         four_tiles(values, r->values, stride);
         panel_of_values(r->panel, values, stride, count, c->padded, c->padded, 0, type);
+        uint64_t wild = is_mixed ? wild_rows(r->values, stride, count, type) : 0;
+        clear_rows(r->panel, wild, c->padded, type);
         for (long tile = 0; tile < tiles; tile++) {
             const int32_t *low = r->low + tile * LANES, *high = r->high + tile * LANES;
             if (high[LANES - 1] < first || low[0] >= first + count) continue; /* both only grow with the query */
@@ -112,20 +136,22 @@ INLINE void forward_task(const call *c, const room *r, long first_query, long qu
             sight seen = sight_of(low, high, first, count);
             product_keys(r->scores, keys, stride, r->queries + tile * LANES * stride, c->padded, 0, c->tiles, 0, type);
             softmax_step(r->scores, o, r->most + tile * LANES, r->sum + tile * LANES, c->padded, LANES, scale,
-                         c->softcap * LOG2E, &seen, 0, 0, 0);
+                         c->softcap * unit_of(type), &seen, 0, 0, 0, type);
             if (type == BF16) {
                 turn_to_bf16(r->p, r->scores, places);
                 product_values(o, r->p, 2 * KEYS, 0, r->panel, c->padded, LANES, c->tiles, 0, BF16);
             } else {
                 product_values(o, r->scores, LANES, 1, r->panel, c->padded, LANES, 0, 0, F32);
             }
+            add_wild(c, o, r->scores, &seen, wild, c->v, first, head, type);
         }
     }
     for (long row = 0; row < rows; row++) {
         long place = place_of(c, first_query, head, row);
         store_row(c->out + place * bytes, r->o + row * c->padded, 1 / r->sum[row], c->size, type);
         long query = first_query + row / group;
-        c->new_lse[(head * group + row % group) * c->tokens + query] = (r->most[row] + log2f(r->sum[row])) * LN2;
+        c->new_lse[(head * group + row % group) * c->tokens + query] =
+            r->most[row] * (type == BF16 ? LN2 : 1) + logf(r->sum[row]);
     }
 }
 
@@ -185,22 +211,36 @@ INLINE void go_back(float *scores, float *dp, const float *shift, const float *d
             slope = 1 - s * s;
             s *= softcap;
         }
-        if (seen->is_partial) {
-            lanes_i32 at = (lanes_i32){0} + key;
-            s = blend((at >= seen->low) & (at <= seen->high), s, all(-__builtin_inff()));
+        lanes one = power_of(s - shifts, type), grad = one * (load(dp, key * LANES, F32) - deltas) * slope;
+        if (seen->is_partial) { /* last: what is not seen may be NaN */
+            one = where_seen(seen, key, one, 0);
+            grad = where_seen(seen, key, grad, 0);
         }
-        lanes one = exp2_of(s - shifts), grad = one * (load(dp, key * LANES, F32) - deltas) * slope;
         store(dp, key * LANES, grad, F32);
         store(p, key * TOGETHER, one, type);
         store(ds, key * TOGETHER, grad, type);
     }
 }
 
-INLINE void backward_rows(const call *c, const backward_room *r, long first_token, long head, long row, long rows,
+/* sums [16 keys][padded] += factors [16 keys][64] times the rows of `from` that are `wild`, where they see a key. */
+INLINE void add_wild_rows(const call *c, float *sums, const char *factors, const int32_t low[], const int32_t high[],
+                          uint64_t wild, const char *from, long first_key, long first_token, long head, long row,
                           int type) {
+    for (int i = 0; wild; i++, wild >>= 1)
+        for (int key = 0; key < LANES && wild & 1; key++)
+            if (first_key + key >= low[i] && first_key + key <= high[i]) {
+                float factor = ((const float *)factors)[type == BF16 ? 0 : key * TOGETHER + i];
+                if (type == BF16) factor = bf16_to_float(((const uint16_t *)factors)[key * TOGETHER + i]);
+                add_row(sums + key * c->padded, factor, from + place_of(c, first_token, head, row + i) * bytes_of(type),
+                        c->size, type);
+            }
+}
+
+INLINE void backward_rows(const call *c, const backward_room *r, long first_token, long head, long row, long rows,
+                          int is_mixed, int type) {
     long group = c->heads / c->kv_heads, bytes = bytes_of(type), stride = c->padded * bytes;
     long count = rows - row < TOGETHER ? rows - row : TOGETHER;
-    float scale = c->softcap != 0 ? c->scale / c->softcap : c->scale * LOG2E;
+    float scale = c->softcap != 0 ? c->scale / c->softcap : c->scale * unit_of(type);
     int32_t low[TOGETHER], high[TOGETHER], places[LANES];
     for (int lane = 0; lane < LANES; lane++) places[lane] = lane;
     for (int tile = 0; tile < 4; tile++) {
@@ -212,6 +252,7 @@ INLINE void backward_rows(const call *c, const backward_room *r, long first_toke
         panel_of_queries(r->grads + tile * LANES * stride, from, c->size, c->padded, type);
     }
     const char *four[4];
+    uint64_t wild[2] = {0};
     four_tiles(four, r->copies, stride);
     for (int which = 0; which < 2; which++) {
         const char *start = which ? c->grad : c->q;
@@ -219,14 +260,17 @@ INLINE void backward_rows(const call *c, const backward_room *r, long first_toke
             memcpy(r->copies + i * stride, start + place_of(c, first_token, head, row + i) * bytes, c->size * bytes);
             memset(r->copies + i * stride + c->size * bytes, 0, (c->padded - c->size) * bytes);
         }
-        panel_of_values(which ? r->grad_rows : r->query_rows, four, stride, count, c->padded, c->padded, 0, type);
+        char *panel = which ? r->grad_rows : r->query_rows;
+        panel_of_values(panel, four, stride, count, c->padded, c->padded, 0, type);
+        if (is_mixed) wild[which] = wild_rows(r->copies, stride, count, type);
+        clear_rows(panel, wild[which], c->padded, type);
     }
     for (long i = 0; i < TOGETHER; i++) {
         r->delta[i] = 0;
         r->shift[i] = -NEVER; /* nobody's row: its p is 0 */
         if (i >= count) continue;
         long place = place_of(c, first_token, head, row + i), query = first_token + (row + i) / group;
-        r->shift[i] = c->lse[(head * group + (row + i) % group) * c->tokens + query] * LOG2E;
+        r->shift[i] = c->lse[(head * group + (row + i) % group) * c->tokens + query] * unit_of(type);
         lanes sum = {0};
         for (long at = 0; at < c->size; at += LANES)
             sum += load_some(c->grad + place * bytes, at, c->size - at, type) *
@@ -247,7 +291,7 @@ INLINE void backward_rows(const call *c, const backward_room *r, long first_toke
             product_keys(r->scores, keys, stride, r->queries + tile * LANES * stride, c->padded, 0, c->tiles, 0, type);
             product_keys(r->dp, values, stride, r->grads + tile * LANES * stride, c->padded, 0, c->tiles, 0, type);
             go_back(r->scores, r->dp, r->shift + tile * LANES, r->delta + tile * LANES, p, ds, scale,
-                    c->softcap * LOG2E, &seen, type);
+                    c->softcap * unit_of(type), &seen, type);
             const char *panel = r->key_panels + first * stride;
             if (type == BF16) {
                 turn_to_bf16(r->turned, r->dp, places);
@@ -262,6 +306,8 @@ INLINE void backward_rows(const call *c, const backward_room *r, long first_toke
             long step = type == BF16 ? 2 * TOGETHER : 1;
             product_values(r->dv + start, p, step, TOGETHER, r->grad_rows, c->padded, LANES, c->tiles, 0, type);
             product_values(r->dk + start, ds, step, TOGETHER, r->query_rows, c->padded, LANES, c->tiles, 0, type);
+            long key = first_token + first + at;
+            add_wild_rows(c, r->dv + start, p, low, high, wild[1], c->grad, key, first_token, head, row, type);
         }
     }
     for (long i = 0; i < count; i++)
@@ -271,18 +317,21 @@ INLINE void backward_rows(const call *c, const backward_room *r, long first_toke
 INLINE void backward_task(const call *c, const backward_room *r, long first_token, long head, int type) {
     long bytes = bytes_of(type), stride = c->padded * bytes, rows = c->row_tokens * (c->heads / c->kv_heads);
     long whole = (c->row_tokens + KEYS - 1) / KEYS * KEYS;
+    int is_mixed = c->window || c->first[first_token + c->row_tokens - 1] != c->first[first_token];
     copy_rows(c, r->keys, c->k, first_token, c->row_tokens, head, type);
     copy_rows(c, r->values, c->v, first_token, c->row_tokens, head, type);
     for (long first = 0; first < c->row_tokens; first += KEYS) {
         const char *keys[4];
-        long left = c->row_tokens - first;
+        long left = c->row_tokens - first, count = left < KEYS ? left : KEYS;
         four_tiles(keys, r->keys + first * stride, stride);
-        panel_of_values(r->key_panels + first * stride, keys, stride, left < KEYS ? left : KEYS, c->padded, c->padded, 0,
-                        type);
+        panel_of_values(r->key_panels + first * stride, keys, stride, count, c->padded, c->padded, 0, type);
+        uint64_t wild = is_mixed ? wild_rows(keys[0], stride, count, type) : 0;
+        clear_rows(r->key_panels + first * stride, wild, c->padded, type);
     }
     memset(r->dk, 0, whole * c->padded * 4);
     memset(r->dv, 0, whole * c->padded * 4);
-    for (long row = 0; row < rows; row += TOGETHER) backward_rows(c, r, first_token, head, row, rows, type);
+    for (long row = 0; row < rows; row += TOGETHER)
+        backward_rows(c, r, first_token, head, row, rows, is_mixed, type);
     for (long i = 0; i < c->row_tokens; i++) {
         long place = ((first_token + i) * c->kv_heads + head) * c->size * bytes;
         store_row(c->dk + place, r->dk + i * c->padded, c->scale, c->size, type);

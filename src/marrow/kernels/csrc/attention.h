@@ -29,20 +29,35 @@
 #define HAS_BF16_TILES 0
 #endif
 
-/* 2^x to 1 ulp or so, for x <= 0; 0 below -126. */
-INLINE lanes exp2_of(lanes x) {
+/* Scores are in units of `unit_of`: to the base 2 in bf16, a product less for each; natural in fp32, where rounding
+ * a score that another product made larger costs p up to 2 ulp. */
+INLINE float unit_of(int type) { return type == BF16 ? LOG2E : 1; }
+
+/* e to the x units, for x <= 0: to 2 ulp in bf16, to 1 in fp32, where a bias would add up; 0 below -126 or -87. */
+INLINE lanes power_of(lanes x, int type) {
 #ifdef __AVX512F__
-    lanes n = (lanes)_mm512_roundscale_ps((__m512)x, 0);
-    lanes r = x - n;
-    lanes p = all(1.327647152e-3f);
-    p = p * r + 9.675541331e-3f;
-    p = p * r + 5.550713275e-2f;
-    p = p * r + 2.402211972e-1f;
-    p = p * r + 6.931469671e-1f;
-    p = p * r + 1.000000072f;
+    lanes n = (lanes)_mm512_roundscale_ps((__m512)(x * (LOG2E / unit_of(type))), 0);
+    lanes r = x * (LOG2E / unit_of(type)) - n;
+    lanes p;
+    if (type == BF16) {
+        p = all(1.327647152e-3f);
+        p = p * r + 9.675541331e-3f;
+        p = p * r + 5.550713275e-2f;
+        p = p * r + 2.402211972e-1f;
+        p = p * r + 6.931469671e-1f;
+        p = p * r + 1.000000072f;
+    } else {
+        p = all(1.534582083e-4f);
+        p = p * r + 1.339993120e-3f;
+        p = p * r + 9.618488894e-3f;
+        p = p * r + 5.550328777e-2f;
+        p = p * r + 2.402264689e-1f;
+        p = p * r + 6.931472057e-1f;
+        p = p * r + 1.0f;
+    }
     return (lanes)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-    return exp_of(x * LN2);
+    return exp_of(type == BF16 ? x * LN2 : x);
 #endif
 }
 
@@ -195,13 +210,12 @@ INLINE void product_keys(float *scores, const char *const left[4], long stride, 
     }
 }
 
-/* `count` rows of product_values, without tiles. */
+/* `count` rows of product_values, without tiles. The 64 products are summed first, then added: rounding errors of
+ * long sums grow with the number of steps at their full size. */
 INLINE void add_rows(float *o, const void *left, long stride, long across, const void *panel, int size, int row,
                      int count, int type) {
     for (int at = 0; at < size; at += 2 * LANES) {
-        lanes sums[4][2];
-        for (int i = 0; i < count; i++)
-            for (int j = 0; j < 2; j++) sums[i][j] = load(o, (row + i) * size + at + LANES * j, F32);
+        lanes sums[4][2] = {{{0}}};
         if (type == BF16)
             for (int k = 0; k < KEYS / 2; k++) {
                 const char *from = (const char *)panel + (k / 16 * (size / 16) + at / 16) * 1024 + k % 16 * 64;
@@ -220,7 +234,10 @@ INLINE void add_rows(float *o, const void *left, long stride, long across, const
                 }
             }
         for (int i = 0; i < count; i++)
-            for (int j = 0; j < 2; j++) store(o, (row + i) * size + at + LANES * j, sums[i][j], F32);
+            for (int j = 0; j < 2; j++) {
+                float *to = o + (row + i) * size + at + LANES * j;
+                store(to, 0, load(to, 0, F32) + sums[i][j], F32);
+            }
     }
 }
 
@@ -362,6 +379,38 @@ INLINE void panel_of_values(void *panel, const char *const rows[4], long stride,
     }
 }
 
+/* Which of `count` <= 64 rows hold a number that is infinite or NaN, a bit each. Rows of whole 64 bytes. */
+INLINE uint64_t wild_rows(const char *from, long stride, long count, int type) {
+    const uint32_t exponent = type == BF16 ? 0x7F807F80u : 0x7F800000u, one = type == BF16 ? 0x00800080u : 0x00800000u;
+    const uint32_t beyond = type == BF16 ? 0x80008000u : 0x80000000u; /* where an exponent of ones plus one ends */
+    uint64_t found = 0;
+    lanes_u32 any = {0}; /* nearly always there is none: one look at all rows first */
+    for (long at = 0; at < count * stride; at += 64) any |= (load_dwords(from + at) & exponent) + one;
+    any &= beyond;
+    uint32_t some = 0;
+    for (int i = 0; i < LANES; i++) some |= any[i];
+    for (long row = 0; row < count && some; row++) {
+        lanes_u32 most = {0};
+        for (long at = 0; at < stride; at += 64) most |= (load_dwords(from + row * stride + at) & exponent) + one;
+        most &= beyond;
+        for (int i = 0; i < LANES; i++) found |= (uint64_t)(most[i] != 0) << row;
+    }
+    return found;
+}
+
+/* Make zeros of a row of panel_of_values. */
+INLINE void clear_row(void *panel, int row, int padded, int type) {
+    if (type == F32) memset((float *)panel + row * padded, 0, 4 * padded);
+    else
+        for (int at = 0; at < padded; at++)
+            ((uint16_t *)panel)[(row / 32 * (padded / 16) + at / 16) * 512 + row % 32 / 2 * 32 + at % 16 * 2 + row % 2] = 0;
+}
+
+INLINE void clear_rows(void *panel, uint64_t rows, int padded, int type) {
+    for (int row = 0; rows; row++, rows >>= 1)
+        if (rows & 1) clear_row(panel, row, padded, type);
+}
+
 /* Lay p [64 keys][16 queries] out as the left factor of product_values in bf16: [16][64], a query's row where
  * `places` says, in rows. */
 INLINE void turn_to_bf16(uint16_t *to, const float *p, const int32_t places[LANES]) {
@@ -393,22 +442,30 @@ INLINE sight sight_of(const int32_t low[LANES], const int32_t high[LANES], int32
     return s;
 }
 
-/* Scores to the base 2: scale, softcap, mask. softcap: over log2 e; `scale`: with log2 e, or over the cap. */
+/* x in the lanes that see a key, `other` in the others. */
+INLINE lanes where_seen(const sight *seen, int key, lanes x, float other) {
+    lanes_i32 at = (lanes_i32){0} + key;
+#ifdef __AVX512F__ /* GCC 12 makes vectors of the masks below */
+    __mmask16 after = _mm512_cmpge_epi32_mask((__m512i)at, (__m512i)seen->low);
+    __mmask16 both = _mm512_mask_cmple_epi32_mask(after, (__m512i)at, (__m512i)seen->high);
+    return (lanes)_mm512_mask_mov_ps((__m512)all(other), both, (__m512)x);
+#else
+    return blend((at >= seen->low) & (at <= seen->high), x, all(other));
+#endif
+}
+
+/* Scores: scale, softcap, mask. `softcap` with their unit; `scale` with it, or over the cap. */
 INLINE lanes score_of(const float *scores, int key, lanes scale, float softcap, const sight *seen) {
     lanes s = load(scores, key * LANES, F32) * scale;
     if (softcap != 0) s = tanh_of(s, F32) * softcap;
-    if (seen->is_partial) {
-        lanes_i32 at = (lanes_i32){0} + key;
-        s = blend((at >= seen->low) & (at <= seen->high), s, all(-__builtin_inff()));
-    }
-    return s;
+    return seen->is_partial ? where_seen(seen, key, s, -__builtin_inff()) : s;
 }
 
 /* One step: raw scores in, p and the carried softmax out, in place of the scores. o [16][padded] is scaled where a
  * largest score grows. Scales of a quantised cache: [64 keys][16 queries], or null. */
 INLINE void softmax_step(float *scores, float *o, float *most, float *sum, int padded, int rows,
                          float scale, float softcap, const sight *seen, const float *key_scales,
-                         const float *value_scales, stream *next) {
+                         const float *value_scales, stream *next, int type) {
     lanes before = load(most, 0, F32), tops[4] = {before, before, before, before};
     for (int key = 0; key < KEYS; key += 4) {
         ask(next, 4);
@@ -424,7 +481,7 @@ INLINE void softmax_step(float *scores, float *o, float *most, float *sum, int p
     for (int i = 0; i < LANES; i++) grows |= top[i] > before[i];
     lanes total = load(sum, 0, F32);
     if (grows) {
-        lanes shrink = exp2_of(before - top);
+        lanes shrink = power_of(before - top, type);
         total *= shrink;
         for (int row = 0; row < rows; row++)
             for (int at = 0; at < padded; at += LANES)
@@ -435,7 +492,7 @@ INLINE void softmax_step(float *scores, float *o, float *most, float *sum, int p
     for (int key = 0; key < KEYS; key += 4) {
         ask(next, 4);
         for (int i = 0; i < 4; i++) {
-            lanes one = exp2_of(load(scores, (key + i) * LANES, F32) - top);
+            lanes one = power_of(load(scores, (key + i) * LANES, F32) - top, type);
             sums[i] += one;
             if (value_scales) one *= load(value_scales, (key + i) * LANES, F32);
             store(scores, (key + i) * LANES, one, F32);

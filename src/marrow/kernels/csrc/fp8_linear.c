@@ -1,16 +1,11 @@
-/* y = x W^T for a few rows of fp32 and fp8 (e4m3) weights with a scale for each block of 128 x 128. The reference
- * is kernels/matmul/fp8_linear.py. Weights become fp32, sums are fp32; a weight is never NaN. */
-#include "amx.h"
+/* y = x W^T with fp8 (e4m3) weights and a scale for each block of 128 x 128. The reference is
+ * kernels/matmul/fp8_linear.py. A few rows, as fp32, meet weights that become fp32, and sums are scaled; more rows, of
+ * bf16, meet scaled weights that become bf16, in AMX tiles. A weight is never NaN. */
+#include "linear.h"
 
 #define BLOCK 128
 #define MOST 8  /* rows at once */
 #define AHEAD 8 /* outputs, into the second cache */
-
-INLINE lanes load_fp8(const int8_t *from) {
-    /* Sign and magnitude go to their places; the exponents' offsets differ by 120. */
-    lanes_i32 bits = (widen_signed((few_signed)load_few(from)) << 20) & (int32_t)0x87F00000;
-    return (lanes)bits * 0x1p120f;
-}
 
 /* `outputs` outputs and `count` rows, both constants; the outputs lie in one block. Two outputs keep the units of
  * multiplication busy where one waits for its own sum. */
@@ -68,4 +63,10 @@ void fp8_linear(const float *x, const int8_t *weight, const float *scales, char 
             }
         }
     }
+}
+
+/* x [rows, inputs] and y [rows, outputs], bf16, by AMX. work: rows in tiles, see `linear_tiles`. */
+void fp8_linear_tiles(const uint16_t *x, const char *weight, const float *scales, char *y, uint16_t *work, long rows,
+                      long outputs, long inputs, int threads) {
+    linear_tiles(x, &(matrix){weight, scales, outputs, inputs, FP8}, y, work, rows, threads, FP8);
 }

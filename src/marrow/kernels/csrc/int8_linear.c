@@ -5,13 +5,13 @@
  * more, 16 outputs are a tile as they lie in memory, and x is put into dwords of 4 inputs by 16 rows: the
  * tile product is then y^T.
  */
-#include "amx.h"
+#include "linear.h"
 
 /* Outputs ahead, into the second cache: rows are often 4096 bytes, and each begins a new page to a prefetcher.
  * PERF: 4 rows of x against 11008 x 4096 weights take 0.70 of the time that one output ahead takes where the
  * third cache holds the weights, 0.86 where memory does. */
-#define LANE_AHEAD 8
-#define TILE_AHEAD 16
+#define NEXT_LANES 8
+#define NEXT_TILES 16
 #define FEW 4 /* rows for which VNNI beats tiles */
 
 typedef struct {
@@ -80,7 +80,7 @@ INLINE void few_rows(const problem *p, long first, const int outputs, long row, 
     for (; whole + 64 <= p->inputs; whole += 64) {
 #pragma GCC unroll 4
         for (int i = 0; i < outputs; i++) {
-            __builtin_prefetch(weight + (i + LANE_AHEAD) * p->inputs + whole, 0, 2);
+            __builtin_prefetch(weight + (i + NEXT_LANES) * p->inputs + whole, 0, 2);
             bytes some = load_bytes(weight + i * p->inputs + whole) ^ 128;
 #pragma GCC unroll 4
             for (int j = 0; j < count; j++)
@@ -104,7 +104,7 @@ INLINE void few_rows(const problem *p, long first, const int outputs, long row, 
         }
 }
 
-static void by_lanes(const problem *p, long first, int outputs) {
+static void exact_lanes(const problem *p, long first, int outputs) {
     for (long row = 0; row < p->rows;) {
         long left = p->rows - row;
         if (outputs == 4) {
@@ -130,7 +130,7 @@ INLINE void four_tiles(const problem *p, long output, long row, const int tiles)
     if (tiles > 3) _tile_zero(3);
     for (long at = 0; at < p->inputs; at += 64) {
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) __builtin_prefetch(weight + (i + TILE_AHEAD) * p->inputs + at, 0, 2);
+        for (int i = 0; i < 16; i++) __builtin_prefetch(weight + (i + NEXT_TILES) * p->inputs + at, 0, 2);
         _tile_loadd(4, weight + at, p->inputs);
         _tile_loadd(6, place(p, row, at), 64);
         _tile_dpbssd(0, 4, 6);
@@ -164,7 +164,7 @@ INLINE void four_tiles(const problem *p, long output, long row, const int tiles)
     }
 }
 
-static void by_tiles(const problem *p, long output) {
+static void exact_tiles(const problem *p, long output) {
     for (long row = 0; row < p->rows; row += 64) {
         long left = (p->rows - row + 15) / 16;
         if (left >= 4) four_tiles(p, output, row, 4);
@@ -194,14 +194,30 @@ void int8_linear(const void *x, const int8_t *weight, const float *scales, void 
         if (tiles) {
             configure_tiles(64);
 #pragma omp for schedule(static)
-            for (long output = 0; output < outputs; output += 16) by_tiles(&p, output);
+            for (long output = 0; output < outputs; output += 16) exact_tiles(&p, output);
             _tile_release();
         } else
 #endif
         {
 #pragma omp for schedule(static)
             for (long output = 0; output < outputs; output += 4)
-                by_lanes(&p, output, outputs - output < 4 ? outputs - output : 4);
+                exact_lanes(&p, output, outputs - output < 4 ? outputs - output : 4);
         }
     }
+}
+
+/* Rows as they are (W8A16). x [rows, inputs] and y [rows, outputs], fp32 or bf16, by lanes. */
+void int8_linear_lanes(const char *x, const char *weight, const float *scales, char *y, long rows, long outputs,
+                       long inputs, int threads, int type) {
+    matrix m = {weight, scales, outputs, inputs, INT8};
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long output = 0; output < outputs; output += LANE_OUTPUTS)
+        if (type == BF16) by_lanes(&m, output, x, rows, y, BF16, INT8);
+        else by_lanes(&m, output, x, rows, y, F32, INT8);
+}
+
+/* Rows as they are, bf16, by AMX. work: rows in tiles, see `linear_tiles`. */
+void int8_linear_tiles(const uint16_t *x, const char *weight, const float *scales, char *y, uint16_t *work, long rows,
+                       long outputs, long inputs, int threads) {
+    linear_tiles(x, &(matrix){weight, scales, outputs, inputs, INT8}, y, work, rows, threads, INT8);
 }

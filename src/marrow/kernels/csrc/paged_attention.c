@@ -20,6 +20,7 @@ typedef struct {
     long sequences, list, block, heads, kv_heads, size, window, split;
     float scale, softcap;
     int threads, tiles;
+    const uint8_t *tables; /* of the bytes of a code's magnitude in bf16: 128 low ones, 128 high ones */
 } call;
 
 typedef struct {
@@ -65,13 +66,78 @@ INLINE lanes load_code(const char *from, int kv) {
 #endif
 }
 
+#ifdef __AVX512VBMI__
+#define HAS_BYTE_TABLES 1
+
+static void fill_tables(uint8_t tables[256], int kv) {
+    for (int code = 0; code < 128; code++) {
+        float x = kv == INT8 ? code : code < 8 ? code / 512.0f : ldexpf(8 + code % 8, code / 8 - 10);
+        if (kv == E4M3 && code == 127) x = __builtin_nanf("");
+        uint32_t bits;
+        memcpy(&bits, &x, 4);
+        tables[code] = bits >> 16, tables[128 + code] = bits >> 24;
+    }
+}
+
+typedef struct {
+    __m512i low, high;
+} halves;
+
+/* The low and the high bytes of 64 codes in bf16. PERF: through fp32 decoding in cache takes 1.8x
+ * (int8) and 3.0x (e4m3). */
+INLINE halves look_up(__m512i codes, const uint8_t *tables, int kv) {
+    const __m512i sign = _mm512_set1_epi8((char)0x80);
+    __m512i size = kv == INT8 ? _mm512_abs_epi8(codes) : codes; /* the tables take seven bits of it */
+    __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(tables), size, _mm512_load_si512(tables + 64));
+    __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(tables + 128), size, _mm512_load_si512(tables + 192));
+    high = _mm512_ternarylogic_epi64(high, codes, sign, 0xF8); /* high | codes & sign */
+    if (kv == INT8) high = _mm512_mask_mov_epi8(high, _mm512_movepi8_mask(size), _mm512_set1_epi8((char)0xC3)); /* -128 */
+    return (halves){low, high};
+}
+
+INLINE void widen_codes(char *to, const char *from, const uint8_t *tables, int kv) {
+    const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0); /* undone by the two halves of unpacking */
+    halves x = look_up(_mm512_permutexvar_epi64(order, _mm512_loadu_si512(from)), tables, kv);
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi8(x.low, x.high));
+    _mm512_storeu_si512(to + 64, _mm512_unpackhi_epi8(x.low, x.high));
+}
+
+/* panel_of_values in bf16 from `count` rows of codes, at rows[i / 16] + i % 16 * stride. size: a multiple of 64. */
+INLINE void panel_of_codes(char *panel, const char *const rows[4], long stride, long count, long size,
+                           const uint8_t *tables, stream *next, int kv) {
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    for (long row = 0; row < KEYS; row += 2) {
+        const char *even = rows[row / LANES] + row % LANES * stride;
+        char *to = panel + row / 32 * (size / 16) * 1024 + row % 32 / 2 * 64;
+        for (long at = 0; at < size; at += 64, to += 4096) {
+            __m512i a = row < count ? _mm512_loadu_si512(even + at) : _mm512_setzero_si512();
+            __m512i b = row + 1 < count ? _mm512_loadu_si512(even + stride + at) : _mm512_setzero_si512();
+            halves x = look_up(_mm512_permutexvar_epi32(order, a), tables, kv);
+            halves y = look_up(_mm512_permutexvar_epi32(order, b), tables, kv);
+            __m512i x_low = _mm512_unpacklo_epi8(x.low, x.high), x_high = _mm512_unpackhi_epi8(x.low, x.high);
+            __m512i y_low = _mm512_unpacklo_epi8(y.low, y.high), y_high = _mm512_unpackhi_epi8(y.low, y.high);
+            _mm512_store_si512(to, _mm512_unpacklo_epi16(x_low, y_low));
+            _mm512_store_si512(to + 1024, _mm512_unpackhi_epi16(x_low, y_low));
+            _mm512_store_si512(to + 2048, _mm512_unpacklo_epi16(x_high, y_high));
+            _mm512_store_si512(to + 3072, _mm512_unpackhi_epi16(x_high, y_high));
+        }
+        ask(next, 4);
+    }
+}
+#else
+#define HAS_BYTE_TABLES 0
+#endif
+
 /* Copy a token's row, widened to the type of the queries. */
-INLINE void copy_row(char *to, const char *from, long size, int type, int kv) {
+INLINE void copy_row(char *to, const char *from, long size, const uint8_t *tables, int type, int kv) {
     if (kv == SAME) {
         memcpy(to, from, size * bytes_of(type));
         return;
     }
     long at = 0;
+#if HAS_BYTE_TABLES
+    for (; type == BF16 && at + 4 * LANES <= size; at += 4 * LANES) widen_codes(to + 2 * at, from + at, tables, kv);
+#endif
     for (; at + 2 * LANES <= size; at += 2 * LANES) { /* two at once: GCC keeps them from waiting for each other */
         lanes low = load_code(from + at, kv), high = load_code(from + at + LANES, kv);
         store(to, at, low, type);
@@ -97,7 +163,8 @@ INLINE long find_rows(const call *c, const char *cache, const int32_t *blocks, l
     if (is_copied) {
         long stride = padded * bytes_of(type);
         for (long i = 0; i < count; i++)
-            copy_row(copies + i * stride, cache + place_of(c, blocks, first + i, head) * bytes, c->size, type, kv);
+            copy_row(copies + i * stride, cache + place_of(c, blocks, first + i, head) * bytes, c->size, c->tables, type,
+                     kv);
         for (int i = 0; i < 4; i++) rows[i] = copies + i * LANES * stride;
         return stride;
     }
@@ -160,23 +227,29 @@ INLINE int is_outside(const int32_t low[LANES], const int32_t high[LANES], long 
     return most < first || least >= end;
 }
 
-/* Spread the scales of a chunk's keys over the lanes of the heads they belong to. */
+INLINE lanes spread(lanes x, lanes_i32 owners) {
+#ifdef __AVX512F__
+    return (lanes)_mm512_permutexvar_ps((__m512i)owners, (__m512)x);
+#else
+    lanes y;
+    for (int lane = 0; lane < LANES; lane++) y[lane] = x[owners[lane]];
+    return y;
+#endif
+}
+
+/* Spread the scales of a chunk's keys over the lanes of the heads they belong to. Those of keys that nobody sees may
+ * be anything, and would outlive their p of 0. */
 INLINE void spread_scales(const call *c, const task *t, const layout *l, room *r, const int32_t *blocks, long tile,
-                          long first, long count) {
+                          long first, long hidden, long count) {
+    long heads = l->heads == 1 ? 1 : t->heads - tile * l->heads < l->heads ? t->heads - tile * l->heads : l->heads;
+    lanes_i32 owners; /* of the lanes */
+    for (int lane = 0; lane < LANES; lane++) owners[lane] = l->heads == 1 ? 0 : lane / l->rows % LANES;
     memset(r->value_scales, 0, KEYS * LANES * 4);
-    for (long key = 0; key < count; key++) {
+    for (long key = hidden; key < count; key++) {
         long place = (blocks[(first + key) / c->block] * c->block + (first + key) % c->block) * c->kv_heads + t->head;
-        if (l->heads == 1) {
-            store(r->key_scales, key * LANES, all(c->key_scales[place]), F32);
-            store(r->value_scales, key * LANES, all(c->value_scales[place]), F32);
-            continue;
-        }
-        float *keys = r->key_scales + key * LANES, *values = r->value_scales + key * LANES;
-        for (long i = 0; i < l->heads && tile * l->heads + i < t->heads; i++)
-            for (long row = 0; row < l->rows; row++) {
-                keys[i * l->rows + row] = c->key_scales[place + tile * l->heads + i];
-                values[i * l->rows + row] = c->value_scales[place + tile * l->heads + i];
-            }
+        if (l->heads > 1) place += tile * l->heads;
+        store(r->key_scales, key * LANES, spread(load_some(c->key_scales, place, heads, F32), owners), F32);
+        store(r->value_scales, key * LANES, spread(load_some(c->value_scales, place, heads, F32), owners), F32);
     }
 }
 
@@ -186,7 +259,7 @@ INLINE void compute(const call *c, const task *t, room *r, long padded, int type
     int is_copied = kv != SAME || c->block % LANES != 0;
     /* Rows at a power of two fall on few places of the nearest cache: not to be read over and over. */
     int are_keys_copied = is_copied || (type == BF16 && c->size != padded) || (l.heads == 1 && l.tiles > 2);
-    float scale = c->softcap != 0 ? c->scale / c->softcap : c->scale * LOG2E;
+    float scale = c->softcap != 0 ? c->scale / c->softcap : c->scale * unit_of(type);
     int32_t places[LANES];
     /* Rows of p, 16 for each head of a tile and 12 of zeros before: a head's left factor is a window of 16 rows that
      * has its own where its lanes are. */
@@ -198,6 +271,7 @@ INLINE void compute(const call *c, const task *t, room *r, long padded, int type
     stream *next = t->heads > 1 ? &memory : 0;
     for (long first = t->first_key; first < t->end_key; first += KEYS) {
         long left = t->end_key - first, count = left < KEYS ? left : KEYS;
+        long hidden = r->low[0] > first ? r->low[0] - first : 0; /* keys before the first query's window */
         int has_panel = 0;
         long key_stride = 0;
         const char *keys[4] = {0}, *values[4];
@@ -218,17 +292,31 @@ INLINE void compute(const call *c, const task *t, room *r, long padded, int type
                 product_keys(r->scores, keys, key_stride, r->panels + head * LANES * padded * bytes_of(type),
                              type == BF16 ? padded : c->size, i > 0, c->tiles, next, type);
             }
-            if (kv != SAME && (!has_panel || l.heads > 1)) spread_scales(c, t, &l, r, blocks, tile, first, count);
+            if (kv != SAME && (!has_panel || l.heads > 1))
+                spread_scales(c, t, &l, r, blocks, tile, first, hidden, count);
             sight seen = sight_of(low, high, first, count);
             softmax_step(r->scores, o, r->most + tile * LANES, r->sum + tile * LANES, padded, LANES, scale,
-                         c->softcap * LOG2E, &seen, kv == SAME ? 0 : r->key_scales, kv == SAME ? 0 : r->value_scales, next);
+                         c->softcap * unit_of(type), &seen, kv == SAME ? 0 : r->key_scales, kv == SAME ? 0 : r->value_scales,
+                         next, type);
             if (type == BF16) turn_to_bf16(r->p, r->scores, places);
             for (long i = 0; i < heads; i++) {
-                if (!has_panel || l.heads > 1) {
+                int is_new = !has_panel || l.heads > 1;
+#if HAS_BYTE_TABLES
+                if (is_new && kv != SAME && type == BF16 && c->block % LANES == 0 && c->size % 64 == 0) {
+                    long stride = find_rows(c, c->values, blocks, first, count,
+                                            t->head + (l.heads > 1 ? tile * l.heads + i : 0), 0, padded, 0, values, type,
+                                            kv);
+                    panel_of_codes(r->panel, values, stride, count, c->size, c->tables, next, kv);
+                    if (hidden) clear_rows(r->panel, hidden < KEYS ? (1ul << hidden) - 1 : ~0ul, padded, type);
+                    is_new = 0, has_panel = 1;
+                }
+#endif
+                if (is_new) {
                     long stride = find_rows(c, c->values, blocks, first, count,
                                             t->head + (l.heads > 1 ? tile * l.heads + i : 0), is_copied, padded,
                                             r->value_rows, values, type, kv);
                     panel_of_values(r->panel, values, stride, count, c->size, padded, next, type);
+                    if (hidden) clear_rows(r->panel, hidden < KEYS ? (1ul << hidden) - 1 : ~0ul, padded, type);
                     has_panel = 1;
                 }
                 long lane = i * l.rows, some = t->rows < l.rows ? t->rows : l.rows;
@@ -285,7 +373,7 @@ INLINE void merge(const call *c, const task *first, long splits, float *sums, in
         memset(sums, 0, c->size * 4);
         for (long i = 0; i < splits; i++) {
             const float *part = parts + i * stride;
-            float share = exp2f(part[0] - most);
+            float share = type == BF16 ? exp2f(part[0] - most) : expf(part[0] - most);
             sum += share * part[1];
             for (long at = 0; at < c->size; at++) sums[at] += share * part[2 + at];
         }
@@ -334,6 +422,13 @@ INLINE void forward(const call *c, int type, int kv) {
     float *partials = floats ? aligned_alloc(64, ALIGNED(4 * floats)) : 0;
     task *tasks = malloc((number + 1) * sizeof(task));
     divide(c, tasks, partials, &floats);
+#if HAS_BYTE_TABLES
+    _Alignas(64) uint8_t tables[256];
+    call with_tables = *c;
+    if (kv != SAME) fill_tables(tables, kv);
+    with_tables.tables = tables;
+    c = &with_tables;
+#endif
 #pragma omp parallel num_threads(c->threads)
     {
         long sizes[] = {tiles * LANES * padded * bytes, tiles * LANES * padded * 4, KEYS * padded * 4};
@@ -372,14 +467,29 @@ INLINE void forward(const call *c, int type, int kv) {
     free(partials);
 }
 
-/* kv: 0 keys and values of the queries' type, 1 int8, 2 e4m3. split: keys, a multiple of 64. */
+/* Whether every query has a sequence, every key a place in a list and every block one in the cache. */
+static int are_lists_sound(const call *c, long queries, long cached) {
+    if (c->starts[0] != 0 || c->starts[c->sequences] != queries) return 0;
+    for (long sequence = 0; sequence < c->sequences; sequence++) {
+        const int32_t *blocks = c->blocks + sequence * c->list;
+        long end = c->ends[sequence];
+        if (c->starts[sequence + 1] < c->starts[sequence] || end < 0 || end > c->list * c->block) return 0;
+        for (long i = 0; i * c->block < end; i++)
+            if (blocks[i] < 0 || blocks[i] >= cached) return 0;
+    }
+    return 1;
+}
+
+/* kv: 0 keys and values of the queries' type, 1 int8, 2 e4m3. split: keys, a multiple of 64. queries, cached: how
+ * many rows of q and blocks of the cache there are. is_sound: written; where 0, nothing else is. */
 void paged_attention_forward(const void *q, const void *keys, const void *values, const float *key_scales,
                              const float *value_scales, const int32_t *blocks, const int32_t *starts,
-                             const int32_t *ends, void *o, long sequences, long list, long block, long heads,
-                             long kv_heads, long size, long window, long split, float scale, float softcap,
-                             int threads, int type, int kv) {
+                             const int32_t *ends, void *o, int *is_sound, long queries, long cached, long sequences,
+                             long list, long block, long heads, long kv_heads, long size, long window, long split,
+                             float scale, float softcap, int threads, int type, int kv) {
     call c = {q, keys, values, key_scales, value_scales, blocks, starts, ends, o, sequences, list, block, heads,
-              kv_heads, size, window, split, scale, softcap, threads, type == BF16 && HAS_BF16_TILES && has_tiles()};
+              kv_heads, size, window, split, scale, softcap, threads, type == BF16 && HAS_BF16_TILES && has_tiles(), 0};
+    if (!(*is_sound = are_lists_sound(&c, queries, cached))) return;
     if (type == BF16 && kv == SAME) forward(&c, BF16, SAME);
     else if (type == BF16) forward(&c, BF16, kv);
     else if (kv == SAME) forward(&c, F32, SAME);

@@ -146,7 +146,10 @@ static __attribute__((noinline)) void take(task *t, long which, uint32_t hits, l
     }
 }
 
-/* Four times APART rows. is_plain: all of them, in order, so that nothing must be looked up. */
+/* Four times APART rows. is_plain: all of them, in order, so that nothing must be looked up.
+ * PERF: one query of 200k x 384 takes 1.1 times as long as it takes to read codes, scales and errors and do
+ * nothing else; in cache it takes half of its time. APART 64 to 4096, and fetching 768 to 4608 bytes ahead, change
+ * less than 4 %; rows one behind the other take 1.2 times as long. */
 INLINE void search_block(task *t, long block, int is_plain, int type) {
     for (long at = block; at < block + APART && at < t->last; at += GROUP) {
         const uint8_t *rows[GROUP][GROUP];

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from marrow.core.errors import UsageError
 from marrow.kernels import native, tile
+from marrow.kernels.arguments import Expects
 from marrow.kernels.dispatch import Example, Gradient, Operator
 from marrow.kernels.tile import tl
 
@@ -34,10 +36,25 @@ def cross_entropy(
         z_loss: factor of lse^2, which is added.
     Returns: (loss_N, lse_N): fp32 (fp64 for fp64), both differentiable. A target that is out of range makes
         its row's loss NaN (plain torch raises, where it can).
+    Raises: UsageError if the targets do not fit the rows.
     Cost: forward reads N V elements, backward reads and writes them.
     """
+    check_targets(logits_NV, targets_N)
     losses_N, lse_N = OPERATOR(logits_NV, targets_N, label_smoothing, z_loss)
     return losses_N, lse_N
+
+
+def check_targets(rows_NX: Tensor, targets_N: Tensor) -> None:
+    """Refuse targets that do not fit the rows: C would read behind their end.
+
+    Raises: UsageError.
+    """
+    is_fit = rows_NX.ndim == 2 and targets_N.ndim == 1 and targets_N.shape[0] == rows_NX.shape[0]
+    if not is_fit or targets_N.dtype != torch.int64:
+        raise UsageError(
+            f"targets {list(targets_N.shape)} of {targets_N.dtype} do not fit rows {list(rows_NX.shape)}",
+            hint="give int64 [N] for rows [N, ...]",
+        )
 
 
 def cross_entropy_reference(
@@ -194,17 +211,20 @@ def _in_place(  # type: ignore[no-untyped-def]
     _row_backward(x, x, target, most, rest, 1.0, 0.0, columns, smoothing, z, BLOCK)
 
 
-def row_options(columns: int) -> dict[str, int]:
+def row_options(op: str, logits_NV: Tensor) -> dict[str, int]:
     """Return BLOCK and num_warps for programs that walk a row: several of them on a multiprocessor."""
-    block = max(128, min(4096, 1 << (columns - 1).bit_length()))
-    return {"BLOCK": block, "num_warps": max(1, min(8, block // 512))}
+    block = max(128, min(4096, 1 << (logits_NV.shape[1] - 1).bit_length()))
+    default = {"BLOCK": block, "num_warps": max(1, min(8, block // 512))}
+    candidates = ({"num_warps": 4}, {"num_warps": 16}, {"BLOCK": 2048, "num_warps": 4}, {"BLOCK": 8192})
+    return tile.config(op, (block, str(logits_NV.dtype)), default, candidates)
 
 
 def forward_triton(
     logits_NV: Tensor, targets_N: Tensor, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One program a row, which walks it in blocks."""
-    return _rows_triton(_forward, logits_NV.contiguous(), targets_N, label_smoothing, z_loss)
+    options = row_options("cross_entropy", logits_NV)
+    return _rows_triton(_forward, logits_NV.contiguous(), targets_N, label_smoothing, z_loss, options)
 
 
 def backward_triton(
@@ -223,7 +243,8 @@ def backward_triton(
         *(loss_grad_N.contiguous(), lse_grad_N.contiguous(), logits_NV, targets_N.contiguous(), *sums_2N),
         *(out_NV, columns, label_smoothing, z_loss),
     )
-    tile.launch(_backward, (len(logits_NV),), *arguments, **row_options(columns))
+    options = row_options("cross_entropy_backward", logits_NV)
+    tile.launch(_backward, (len(logits_NV),), *arguments, **options)
     return out_NV
 
 
@@ -231,11 +252,17 @@ def in_place_triton(
     logits_NV: Tensor, targets_N: Tensor, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return losses, lses and sums; the logits become the gradient of the summed loss."""
-    return _rows_triton(_in_place, logits_NV, targets_N, label_smoothing, z_loss)
+    options = row_options("cross_entropy_in_place", logits_NV)
+    return _rows_triton(_in_place, logits_NV, targets_N, label_smoothing, z_loss, options)
 
 
 def _rows_triton(
-    kernel: Any, logits_NV: Tensor, targets_N: Tensor, label_smoothing: float, z_loss: float
+    kernel: Any,
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    options: dict[str, int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     columns = logits_NV.shape[1]
     losses_N, lse_N, sums_2N = _empty(logits_NV, targets_N, label_smoothing, z_loss)
@@ -243,7 +270,7 @@ def _rows_triton(
         *(logits_NV, targets_N.contiguous(), losses_N, lse_N, *sums_2N),
         *(columns, label_smoothing, z_loss),
     )
-    tile.launch(kernel, (len(logits_NV),), *arguments, SMOOTHED=label_smoothing != 0, **row_options(columns))
+    tile.launch(kernel, (len(logits_NV),), *arguments, SMOOTHED=label_smoothing != 0, **options)
     return losses_N, lse_N, sums_2N
 
 
@@ -303,7 +330,8 @@ def _empty(
     logits_NV: Tensor, targets_N: Tensor, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate a row's loss, its lse, and the lse's two parts: what is largest, and the rest."""
-    wide, rows = torch.promote_types(logits_NV.dtype, torch.float32), len(logits_NV)
+    # Not len(), here and in other fakes: a graph would be made anew for every number of rows.
+    wide, rows = torch.promote_types(logits_NV.dtype, torch.float32), logits_NV.shape[0]
     losses_N, lse_N = (logits_NV.new_empty(rows, dtype=wide) for _ in range(2))
     return losses_N, lse_N, logits_NV.new_empty(2, rows, dtype=wide)
 
@@ -342,6 +370,7 @@ OPERATOR = Operator(
         fake=_empty_gradient,
     ),
     examples=_examples,
+    expects=Expects(dtypes={"targets_N": torch.int64}),
 )
 OPERATOR.add("cpu", forward_cpu, backward_cpu, **native.path("cross_entropy"))
 OPERATOR.add("triton", forward_triton, backward_triton, **tile.path())

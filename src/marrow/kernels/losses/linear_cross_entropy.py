@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from marrow.kernels import native, tile
+from marrow.kernels.arguments import Expects
 from marrow.kernels.dispatch import Example, Gradient, Operator
 from marrow.kernels.losses.chunks import WeightGradient, chunks
 from marrow.kernels.losses.cross_entropy import (
     IGNORE,
+    check_targets,
     cross_entropy_reference,
     in_place_cpu,
     in_place_triton,
@@ -26,6 +28,7 @@ from marrow.kernels.losses.cross_entropy import (
 
 # (logits, targets, label smoothing, z-loss) -> losses and more; the logits become the gradient.
 Step = Callable[[Tensor, Tensor, float, float], tuple[Tensor, ...]]
+SCALED_ROWS = 8192  # whose fp32 copies stay small beside the gradient itself
 
 
 def linear_cross_entropy(
@@ -42,8 +45,10 @@ def linear_cross_entropy(
         or -100 for rows that have none. label_smoothing, z_loss: as in `cross_entropy`.
     Returns: (loss, count): fp32 scalar in nats (fp64 for fp64 input), summed over the rows that
         have a target; int64 scalar, how many those are.
+    Raises: UsageError if the targets do not fit the rows.
     Cost: 2 N C V FLOPs forward, 4 N C V for the gradients, made in forward where they are needed.
     """
+    check_targets(hidden_NC, targets_N)
     learns = torch.is_grad_enabled()
     flags = (learns and hidden_NC.requires_grad, learns and weight_VC.requires_grad)
     loss: Tensor = OPERATOR(hidden_NC, weight_VC, targets_N, *flags, label_smoothing, z_loss)
@@ -110,11 +115,22 @@ def forward_torch(
     return _chunked(_in_place_torch, hidden_NC, weight_VC, targets_N, *flags)
 
 
+def _scaled(rows_RC: Tensor, factor: Tensor) -> Tensor:
+    """Multiply in fp32: 1 / targets rounded to bf16 first would bend all gradients alike."""
+    if rows_RC.is_cpu or rows_RC.dtype == factor.dtype:
+        return rows_RC * factor  # torch takes a CPU's scalar as it is
+    scaled_RC = torch.empty_like(rows_RC)
+    for low in range(0, len(rows_RC), SCALED_ROWS):
+        part = slice(low, low + SCALED_ROWS)
+        torch.mul(rows_RC[part].float(), factor, out=scaled_RC[part])
+    return scaled_RC
+
+
 def backward(loss_grad: Tensor, hidden_grad_NC: Tensor, weight_grad_VC: Tensor) -> tuple[Tensor, Tensor]:
     """Scale the gradients that forward made by the loss's own."""
     return (
-        hidden_grad_NC * loss_grad.to(hidden_grad_NC.dtype),
-        weight_grad_VC * loss_grad.to(weight_grad_VC.dtype),
+        _scaled(hidden_grad_NC, loss_grad),
+        _scaled(weight_grad_VC, loss_grad),
     )
 
 
@@ -222,6 +238,7 @@ OPERATOR = Operator(
     fake=_empty,
     gradient=Gradient(inputs=(0, 1), saves=lambda inputs, outputs: outputs[1:], fake=_empty_gradients),
     examples=_examples,
+    expects=Expects(dtypes={"targets_N": torch.int64}),
 )
 OPERATOR.add("torch", forward_torch, backward)
 OPERATOR.add("cpu", forward_cpu, backward, **native.path("cross_entropy"))

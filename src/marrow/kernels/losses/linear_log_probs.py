@@ -17,9 +17,10 @@ from torch import Tensor
 
 from marrow.core.errors import UsageError
 from marrow.kernels import native, tile
+from marrow.kernels.arguments import Expects
 from marrow.kernels.dispatch import Example, Gradient, Operator
 from marrow.kernels.losses.chunks import WeightGradient, chunks
-from marrow.kernels.losses.cross_entropy import IGNORE, row_gradient, row_options, sum_row
+from marrow.kernels.losses.cross_entropy import IGNORE, check_targets, row_gradient, row_options, sum_row
 from marrow.kernels.tile import tl
 
 # A chunk's logits and targets, 1 / temperature, then outputs to fill, or their gradients and what was kept.
@@ -39,11 +40,12 @@ def linear_log_probs(
     Args: hidden_NC: [N, C]. weight_VC: [V, C] of the same dtype. targets_N: int64 [N], in [0, V), or -100 for
         rows that have none: 0 and no gradient. temperature: > 0, divides the logits.
     Returns: (log_prob_N, entropy_N or None): fp32 in nats (fp64 for fp64), both differentiable.
-    Raises: UsageError for a temperature that is not positive.
+    Raises: UsageError for a temperature that is not positive, or targets that do not fit the rows.
     Cost: 2 N C V FLOPs forward, 6 N C V backward; memory of one chunk of logits.
     """
     if not temperature > 0:
         raise UsageError(f"temperature = {temperature} is not allowed", hint="allowed: above 0")
+    check_targets(hidden_NC, targets_N)
     learns = torch.is_grad_enabled()
     flags = (learns and hidden_NC.requires_grad, learns and weight_VC.requires_grad)
     log_probs_N, entropy_N = OPERATOR(hidden_NC, weight_VC, targets_N, 1.0 / temperature, entropy, *flags)
@@ -141,7 +143,8 @@ def forward_triton(
     def step(logits_MV: Tensor, targets_M: Tensor, *out: Tensor) -> None:
         columns = logits_MV.shape[1]
         arguments = (logits_MV, targets_M, *out, columns, scale)
-        tile.launch(_forward, (len(logits_MV),), *arguments, ENTROPY=entropy, **row_options(columns))
+        options = row_options("linear_log_probs", logits_MV)
+        tile.launch(_forward, (len(logits_MV),), *arguments, ENTROPY=entropy, **options)
 
     return _forward_chunks(step, hidden_NC, weight_VC, targets_N, entropy)
 
@@ -164,7 +167,8 @@ def backward_triton(
     def step(logits_MV: Tensor, targets_M: Tensor, *kept: Tensor) -> None:
         columns = logits_MV.shape[1]
         arguments = (*kept[:2], logits_MV, targets_M, *kept[2:], columns, scale)
-        tile.launch(_backward, (len(logits_MV),), *arguments, ENTROPY=entropy, **row_options(columns))
+        options = row_options("linear_log_probs_backward", logits_MV)
+        tile.launch(_backward, (len(logits_MV),), *arguments, ENTROPY=entropy, **options)
 
     kept = grad_N, entropy_grad_N, entropy_N, *sums_2N
     return _backward_chunks(step, hidden_NC, weight_VC, targets_N, kept, needs_hidden, needs_weight)
@@ -284,7 +288,7 @@ def _empty(
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate a row's log probability, its entropy, and its lse in two parts, as `cross_entropy` does."""
-    wide, rows = torch.promote_types(hidden_NC.dtype, torch.float32), len(hidden_NC)
+    wide, rows = torch.promote_types(hidden_NC.dtype, torch.float32), hidden_NC.shape[0]
     log_probs_N, entropy_N = (hidden_NC.new_empty(size, dtype=wide) for size in (rows, rows * entropy))
     return log_probs_N, entropy_N, hidden_NC.new_empty(2, rows, dtype=wide)
 
@@ -334,6 +338,7 @@ OPERATOR = Operator(
         fake=_empty_gradients,
     ),
     examples=_examples,
+    expects=Expects(dtypes={"targets_N": torch.int64}),
 )
 OPERATOR.add("cpu", forward_cpu, backward_cpu, **native.path("linear_log_probs"))
 OPERATOR.add("triton", forward_triton, backward_triton, **tile.path())

@@ -25,15 +25,18 @@ from marrow.kernels.matmul.quantise import (
 def fake_quantise(x_NK: Tensor, form: str, block_rows: int = 1, block_columns: int = 0) -> Tensor:
     """Round a matrix block by block, and return what the rounded numbers stand for.
 
-    Args: x_NK: [N, K], any float dtype. form, block_rows, block_columns: as for `quantise`.
-    Returns: [N, K] of x's dtype; its gradient is x's. A block that is not finite becomes NaN.
+    Args: x_NK: [..., K], any float dtype. form, block_rows, block_columns: as for `quantise`.
+    Returns: as x_NK; its gradient is x's. A block that is not finite becomes NaN.
     Raises: UsageError for another format.
     Cost: reads and writes N K numbers; bound by memory.
     """
     if form not in FORMATS:
         raise UsageError(f"format {form!r} is unknown", hint=f"allowed: {', '.join(FORMATS)}")
-    result: Tensor = OPERATOR(x_NK, form, block_rows, block_columns)
-    return result
+    if x_NK.ndim == 2:
+        result: Tensor = OPERATOR(x_NK, form, block_rows, block_columns)
+        return result
+    rows_NK = x_NK.reshape(-1, x_NK.shape[-1])
+    return fake_quantise(rows_NK, form, block_rows, block_columns).view(x_NK.shape)
 
 
 def fake_quantise_reference(x_NK: Tensor, form: str, block_rows: int = 1, block_columns: int = 0) -> Tensor:

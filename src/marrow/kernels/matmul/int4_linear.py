@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from marrow.kernels import native, tile
+from marrow.kernels.arguments import Expects
 from marrow.kernels.dispatch import Case, Example, Operator
 from marrow.kernels.matmul.int4_weights import PANEL, by_row, dequantise_int4, in_large_pages, unpack_int4
 from marrow.kernels.tile import tl
@@ -143,7 +144,7 @@ def forward_triton(
     wider = [
         {"BLOCK_N": n, "num_warps": w, "num_stages": s} for n in (32, 128) for w in (4, 8) for s in (3, 5)
     ]
-    options = tile.config("int4_linear", _shape_class(x_MK), default, wider)
+    options = tile.config("int4_linear", (_shape_class(x_MK), str(x_MK.dtype)), default, wider)
     columns, lines = -(-outputs // options["BLOCK_N"]), -(-rows // options["BLOCK_M"])
     all_blocks = -(-inputs // (8 * OCTETS))
     wanted = 2 * tile.multiprocessors(x_MK.device) // max(1, columns * lines)
@@ -234,8 +235,34 @@ def _is_unpacking_cheap(case: Case) -> str | None:
     return None
 
 
+def _misfit(
+    x_MK: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, order_K: Tensor | None
+) -> tuple[str, str] | None:
+    """Say what does not fit: the packed tensors have shapes of their own."""
+    if weight.ndim != 3 or weight.shape[1] * 8 != x_MK.shape[-1] or weight.shape[2] != 64:
+        return f"weight {list(weight.shape)} for {x_MK.shape[-1]} inputs", "pack it with int4_weights"
+    if scales.shape != zeros.shape or scales.ndim != 3 or scales.shape[::2] != (weight.shape[0], 16):
+        shapes = f"scales {list(scales.shape)} and zeros {list(zeros.shape)} for weight {list(weight.shape)}"
+        return shapes, "pack them with int4_weights"
+    return None
+
+
 OPERATOR = Operator(
-    "int4_linear", int4_linear_reference, fake=_empty, examples=_examples, shape_class=_shape_class
+    "int4_linear",
+    int4_linear_reference,
+    fake=_empty,
+    examples=_examples,
+    shape_class=_shape_class,
+    expects=Expects(
+        dtypes={
+            "weight": torch.uint8,
+            "scales": torch.float16,
+            "zeros": torch.uint8,
+            "order_K": torch.int32,
+        },
+        leading=True,
+        also=_misfit,
+    ),
 )
 OPERATOR.add("torch", int4_linear_reference)
 OPERATOR.add("cpu", forward_cpu, **native.path("int4_linear"))

@@ -3,8 +3,8 @@
 W8A8 is arithmetic of integers: each row of x is rounded to the nearest of amax / 127 steps, products are
 summed in 32 bits, which is exact up to 2^16 inputs, and the sum is scaled in fp32. The reference does the
 very same, so all paths agree but for the last rounding. Weights lie row by row as any matrix: nothing to
-pack, shards are slices. The CPU takes VNNI for up to four rows and AMX tiles for more; W8A16 is 16-bit
-arithmetic by torch.
+pack, shards are slices. The CPU takes VNNI for up to four rows and AMX tiles for more. W8A16 is arithmetic in
+x's dtype, sums in fp32: the integers are exact in bf16, and scales are applied to the sums.
 
 Error of W8A8 against W8A16: at most amax(x) / 254 * sum |w| for a row and an output; for normal x and w of
 4096 inputs 1 % of y's standard deviation. A large outlier in a row costs all of it: `int4_linear` has finer
@@ -13,16 +13,24 @@ scales.
 Axes: M rows, N outputs, K inputs. Source: Dettmers et al. 2022 (LLM.int8).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from marrow.kernels import native, tile
+from marrow.kernels.arguments import Expects
 from marrow.kernels.dispatch import Example, Operator
 from marrow.kernels.matmul.int4_weights import in_large_pages
+from marrow.kernels.matmul.quantise import dequantise_cpu
+from marrow.kernels.matmul.tiles import has_tiles, room_for_tiles
 from marrow.kernels.tile import tl
 
 FEW, SOME = 16, 128  # rows: shape classes
+LANE_ROWS = 4  # unrounded rows for which lanes beat tiles
+
+MOST_INPUTS = 1 << 16  # 255 x 128 x so many stay within 32 bits, as the C code's sums must
 
 
 def int8_linear(x_MK: Tensor, weight_NK: Tensor, scales_N: Tensor, rounds_rows: bool = True) -> Tensor:
@@ -132,7 +140,8 @@ def forward_triton(x_MK: Tensor, weight_NK: Tensor, scales_N: Tensor, rounds_row
     if rounds_rows:
         q_MK = torch.empty_like(x_MK, dtype=torch.int8)
         block = min(4096, tile.row_options(inputs, x_MK.dtype)["BLOCK"])
-        tile.launch(_round_rows, (rows,), x_MK, q_MK, steps_M, inputs, BLOCK=block, num_warps=4)
+        warps = max(1, min(4, block * x_MK.element_size() // 512))  # 16 bytes a thread
+        tile.launch(_round_rows, (rows,), x_MK, q_MK, steps_M, inputs, BLOCK=block, num_warps=warps)
         x_MK = q_MK
     is_few = rows <= 64
     default = {
@@ -147,7 +156,7 @@ def forward_triton(x_MK: Tensor, weight_NK: Tensor, scales_N: Tensor, rounds_row
     wider = [
         {"BLOCK_N": n, "num_warps": w, "num_stages": s} for n in (64, 256) for w in (4, 8) for s in (3, 4)
     ]
-    options = tile.config("int8_linear", (_shape_class(x_MK), rounds_rows), default, wider)
+    options = tile.config("int8_linear", (_shape_class(x_MK), str(x_MK.dtype)), default, wider)
     grid = (-(-outputs // options["BLOCK_N"]), -(-rows // options["BLOCK_M"]))
     tensors = (x_MK, weight_NK, scales_N.contiguous(), steps_M, y_MN)
     tile.launch(_multiply, grid, *tensors, rows, outputs, inputs, IS_ROUNDED=rounds_rows, **options)
@@ -160,16 +169,13 @@ def forward_triton(x_MK: Tensor, weight_NK: Tensor, scales_N: Tensor, rounds_row
 def forward_cpu(
     x_MK: Tensor, weight_NK: Tensor, scales_N: Tensor, rounds_rows: bool = True, use_tiles: bool = True
 ) -> Tensor:
-    """Multiply rounded rows in C, outputs shared among torch's threads; other rows by torch.
-
-    use_tiles: AMX, where there is one.
-    """
-    if not rounds_rows:
-        return int8_linear_reference(x_MK, weight_NK, scales_N, False)
+    """Multiply in C, outputs shared among torch's threads. use_tiles: AMX, where there is one."""
     y_MN, (outputs, inputs) = _empty(x_MK, weight_NK, scales_N, rounds_rows), weight_NK.shape
     if y_MN.numel() == 0:
         return y_MN
     rows = y_MN.numel() // outputs
+    if not rounds_rows:
+        return _multiply_unrounded(x_MK.contiguous(), weight_NK.contiguous(), scales_N, y_MN, rows, use_tiles)
     x_MK, weight_NK = x_MK.contiguous(), weight_NK.contiguous()
     work = torch.empty(-(-rows // 16) * 16 * (inputs + 8), dtype=torch.int8)
     native.function("int8_linear", "int8_linear", "pppppllliii")(
@@ -177,6 +183,29 @@ def forward_cpu(
         *(rows, outputs, inputs),
         *(use_tiles, torch.get_num_threads(), native.type_of(x_MK)),
     )
+    return y_MN
+
+
+def _multiply_unrounded(
+    x_MK: Tensor, weight_NK: Tensor, scales_N: Tensor, y_MN: Tensor, rows: int, use_tiles: bool
+) -> Tensor:
+    """Take lanes for a few rows, tiles for more; without tiles unpack all weights and multiply by torch."""
+    is_tiled = use_tiles and x_MK.dtype == torch.bfloat16 and has_tiles()
+    tensors, sizes = (x_MK, weight_NK, scales_N.contiguous(), y_MN), (rows, *weight_NK.shape)
+    threads = torch.get_num_threads()
+    if rows <= (LANE_ROWS if is_tiled else FEW):
+        native.function("int8_linear", "int8_linear_lanes", "pppplllii")(
+            *native.pointers(*tensors), *sizes, threads, native.type_of(x_MK)
+        )
+    elif is_tiled:
+        native.function("int8_linear", "int8_linear_tiles", "pppppllli")(
+            *native.pointers(*tensors, room_for_tiles(rows, weight_NK.shape[1])), *sizes, threads
+        )
+    else:
+        steps_N1 = scales_N[:, None].contiguous()
+        no_zeros = steps_N1.new_empty(steps_N1.shape, dtype=torch.uint8)
+        unpacked_NK = dequantise_cpu(weight_NK, steps_N1, no_zeros, x_MK.dtype, 1, 0)
+        torch.mm(x_MK.view(rows, -1), unpacked_NK.T, out=y_MN.view(rows, -1))
     return y_MN
 
 
@@ -207,8 +236,20 @@ def _examples(dtype: torch.dtype, device: str) -> list[Example]:
     return examples
 
 
+def _misfit(x_MK: Tensor, weight_NK: Tensor, *more: Any) -> tuple[str, str] | None:
+    """Say what does not fit, beyond what the names of the inputs say."""
+    if weight_NK.shape[1] > MOST_INPUTS:
+        return f"{weight_NK.shape[1]} inputs overflow 32-bit sums", f"at most {MOST_INPUTS}: split the matrix"
+    return None
+
+
 OPERATOR = Operator(
-    "int8_linear", int8_linear_reference, fake=_empty, examples=_examples, shape_class=_shape_class
+    "int8_linear",
+    int8_linear_reference,
+    fake=_empty,
+    examples=_examples,
+    shape_class=_shape_class,
+    expects=Expects(dtypes={"weight_NK": torch.int8, "scales_N": torch.float32}, leading=True, also=_misfit),
 )
 OPERATOR.add("cpu", forward_cpu, **native.path("int8_linear"))
 OPERATOR.add("triton", forward_triton, **tile.path())

@@ -6,9 +6,9 @@ negative: then y is base, untouched. `gains_LN` is DoRA's: magnitude / |W + s B 
 (`dora_gains`), 1 where None.
 
 On a GPU rows are put in the order of their adapters by a stable sort on the device; then both products are
-those of `grouped_linear`, the second with all the rest in its last lines. The host reads nothing. On a CPU, a
-matrix product of torch for each adapter that has rows. Gradients go to base, x, A, B and gains; with one
-adapter and no `adapters_M`, which is training, they are four matrix products.
+those of `grouped_linear`, the second with all the rest in its last lines. The host reads nothing. On a CPU, C
+sorts the rows and multiplies each adapter's by AMX tiles or lanes. Gradients go to base, x, A, B and gains;
+with one adapter and no `adapters_M`, which is training, they are four matrix products.
 
 Axes: M rows, K inputs, N outputs, R rank, L adapters. Sources: Hu et al. 2021 (LoRA), Liu et al. 2024 (DoRA),
 Chen et al. 2023 (Punica).
@@ -17,10 +17,13 @@ Chen et al. 2023 (Punica).
 import torch
 from torch import Tensor
 
-from marrow.kernels import tile
+from marrow.kernels import native, tile
+from marrow.kernels.arguments import WIDE, Expects
 from marrow.kernels.dispatch import Example, Gradient, Operator
 from marrow.kernels.matmul.grouped_linear import multiply_groups
 from marrow.kernels.tile import tl
+
+MOST_RANK, ROWS = 512, 32  # of the C version: its largest rank, rows that a thread takes at once
 
 
 def lora_linear(
@@ -159,15 +162,16 @@ def forward_triton(
         ends_L = torch.searchsorted(sorted_M, numbers_L, right=True).int()
         order_M = order_M.int()
     low_MR = multiply_groups(x_MK, a_LRK.contiguous(), ends_L, order_M)
+    few, is_wide = rows <= 64, x_MK.element_size() == 4
     default = {
-        "BLOCK_M": 16 if rows <= 64 else 32 if x_MK.element_size() == 4 else 64,
+        "BLOCK_M": 16 if few else 32 if is_wide else 64,
         "BLOCK_N": 64,
         "BLOCK_R": 16 if rank <= 16 else 32,
-        "num_warps": 4,
+        "num_warps": 8 if is_wide and not few else 4,  # 4 spill registers in fp32
         "num_stages": 2,
     }
     wider = [{"BLOCK_N": n, "num_warps": w} for n in (128, 256) for w in (4, 8)]
-    options = tile.config("lora_linear", "few" if rows <= 64 else "many", default, wider)
+    options = tile.config("lora_linear", ("few" if few else "many", str(x_MK.dtype)), default, wider)
     tensors = (base_MN, low_MR, b_LNR.contiguous(), scales_L.contiguous())
     tile.launch(
         _expand,
@@ -187,6 +191,40 @@ def _unsorted(low_MR: Tensor, order_M: Tensor | None) -> Tensor:
 # CPU
 
 
+def forward_cpu(
+    base_MN: Tensor,
+    x_MK: Tensor,
+    a_LRK: Tensor,
+    b_LNR: Tensor,
+    scales_L: Tensor,
+    adapters_M: Tensor | None,
+    gains_LN: Tensor,
+    use_tiles: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Multiply in C, rows, then outputs, shared among torch's threads. use_tiles: AMX, where there is one."""
+    (rows, outputs), (count, rank, inputs) = base_MN.shape, a_LRK.shape
+    # PERF: bf16, rank 16, 4096 x 4096, 1 to 64 rows: 1.2x to 1.4x of the best plain formulation with one
+    # adapter, 1.6x to 2.8x with 4, 1.4x to 2.2x with 16. With one in fp32 torch's two products are faster.
+    if rank > MOST_RANK or (count == 1 and base_MN.dtype == torch.float32):
+        return forward_torch(base_MN, x_MK, a_LRK, b_LNR, scales_L, adapters_M, gains_LN)
+    y_MN, low_MR = _empty(base_MN, x_MK, a_LRK, b_LNR, scales_L, adapters_M, gains_LN)
+    if adapters_M is not None:
+        adapters_M = adapters_M.int().contiguous()
+    gains_LN, threads = gains_LN.float().contiguous(), torch.get_num_threads()
+    given = (base_MN.contiguous(), x_MK.contiguous(), a_LRK.contiguous(), b_LNR.contiguous())
+    numbers = torch.empty(rows + count, dtype=torch.int32)
+    work = torch.empty(threads * ROWS * -(-inputs // 32) * 32)
+    low = x_MK.new_empty(rows * rank + (rows + 16) * -(-rank // 32) * 32)
+    native.function("lora_linear", "lora_linear", "ppppppppppppllllliii")(
+        *native.pointers(*given, scales_L.float().contiguous()),
+        *(native.pointers(adapters_M) if adapters_M is not None else (None,)),
+        *(native.pointers(gains_LN) if gains_LN.numel() else (None,)),
+        *native.pointers(y_MN, low_MR, numbers, work, low),
+        *(rows, count, outputs, inputs, rank, use_tiles, threads, native.type_of(base_MN)),
+    )
+    return y_MN, low_MR
+
+
 def forward_torch(
     base_MN: Tensor,
     x_MK: Tensor,
@@ -197,9 +235,12 @@ def forward_torch(
     gains_LN: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Take two matrix products for each adapter that has rows."""
-    if adapters_M is None:
+    if adapters_M is None or (a_LRK.shape[0] == 1 and not bool((adapters_M < 0).any())):
         low_MR = x_MK @ a_LRK[0].T
-        y_MN = _added(base_MN, low_MR, b_LNR[0], scales_L[0])
+        if base_MN.device.type == "cpu" and base_MN.dtype == torch.float32:
+            y_MN = torch.addmm(base_MN, low_MR, b_LNR[0].T, alpha=float(scales_L[0]))
+        else:
+            y_MN = _added(base_MN, low_MR, b_LNR[0], scales_L[0])
         return (y_MN * gains_LN[0] if gains_LN.numel() else y_MN).to(base_MN.dtype), low_MR
     y_MN, low_MR = base_MN.clone(), x_MK.new_zeros(x_MK.shape[0], a_LRK.shape[1])
     for adapter in sorted(set(adapters_M.tolist())):
@@ -327,6 +368,11 @@ OPERATOR = Operator(
         fake=_empty_gradients,
     ),
     examples=_examples,
+    expects=Expects(
+        dtypes={"scales_L": WIDE, "adapters_M": torch.int32, "gains_LN": WIDE},
+        axes={"gains_LN": ""},  # empty for none
+    ),
 )
+OPERATOR.add("cpu", forward_cpu, backward, **native.path("lora_linear"))
 OPERATOR.add("torch", forward_torch, backward)
 OPERATOR.add("triton", forward_triton, backward, **tile.path())

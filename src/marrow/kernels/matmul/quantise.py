@@ -20,6 +20,7 @@ from torch import Tensor
 
 from marrow.core.errors import UsageError
 from marrow.kernels import native, tile
+from marrow.kernels.arguments import Expects
 from marrow.kernels.dispatch import Example, Operator
 from marrow.kernels.tile import tl
 
@@ -136,23 +137,37 @@ def _round(x):  # type: ignore[no-untyped-def]
 @tile.jit
 def _quantise(  # type: ignore[no-untyped-def]
     x, q, steps, zeros, rows, columns, high, wide, blocks,
-    FORM: tl.constexpr, IS_FAKE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    FORM: tl.constexpr, IS_FAKE: tl.constexpr, IS_FLAT: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One block. FORM: 0 int8, 1 fp8, 2 int4, 3 int4z. IS_FAKE: q takes what the bits stand for."""
-    down, along = tl.program_id(0), tl.program_id(1)
-    r, c = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
-    row = (down * high + r).to(tl.int64)
-    is_row = (r < high) & (row < rows)
-    last = tl.minimum(along * wide + wide, columns)
+    """One block; if IS_FLAT, BLOCK_R blocks, each part of a row.
+
+    FORM: 0 int8, 1 fp8, 2 int4, 3 int4z. IS_FAKE: q takes what the bits stand for.
+    """
+    r, c = tl.arange(0, BLOCK_R)[:, None], tl.arange(0, BLOCK_C)[None, :]
+    if IS_FLAT:
+        place = tl.program_id(0).to(tl.int64) * BLOCK_R + r
+        row = place // blocks
+        is_row = row < rows
+        first = (place % blocks).to(tl.int32) * wide
+    else:
+        place = tl.zeros([1, 1], tl.int64) + tl.program_id(0) * blocks + tl.program_id(1)
+        row = (tl.program_id(0) * high + r).to(tl.int64)
+        is_row = (r < high) & (row < rows)
+        first = tl.program_id(1) * wide
+    last = tl.minimum(first + wide, columns)
+    x, q = x + row * columns, q + row * columns
     low = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     top = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     odd = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for start in range(0, wide, BLOCK_C):
-        column = along * wide + start + c
-        inside = is_row[:, None] & (column < last)[None, :]
-        some = tl.load(x + row[:, None] * columns + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        column = first + start + c
+        some = tl.load(x + column, mask=is_row & (column < last), other=0.0).to(tl.float32)
         low, top, odd = tl.minimum(low, some), tl.maximum(top, some), odd + (some - some)
-    least, most, bad = tl.min(tl.min(low, 1), 0), tl.max(tl.max(top, 1), 0), tl.sum(tl.sum(odd, 1), 0)
+    least, most, bad = tl.min(low, 1)[:, None], tl.max(top, 1)[:, None], tl.sum(odd, 1)[:, None]
+    if not IS_FLAT:
+        least, most = tl.min(least, 0)[:, None], tl.max(most, 0)[:, None]
+        bad = tl.sum(bad, 0)[:, None]
     amax = tl.maximum(-least, most)
     safe = tl.where(amax > 0, amax, 1.0)
     zero = 0.0
@@ -172,13 +187,13 @@ def _quantise(  # type: ignore[no-untyped-def]
     zero = tl.where(is_good, zero, 0.0)
     step = step + bad
     if not IS_FAKE:
-        tl.store(steps + down * blocks + along, step)
-        tl.store(zeros + down * blocks + along, zero.to(tl.uint8))
+        is_block = place // blocks < tl.cdiv(rows, high)
+        tl.store(steps + place, step, mask=is_block)
+        tl.store(zeros + place, zero.to(tl.uint8), mask=is_block)
     for start in range(0, wide, BLOCK_C):
-        column = along * wide + start + c
-        inside = is_row[:, None] & (column < last)[None, :]
-        places = row[:, None] * columns + column[None, :]
-        some = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+        column = first + start + c
+        inside = is_row & (column < last)
+        some = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
         some = tl.where(is_good, some, 0.0)
         if FORM == 0:
             number = _round(some * inverse)  # type: ignore[no-untyped-call]
@@ -195,19 +210,23 @@ def _quantise(  # type: ignore[no-untyped-def]
             number = tl.where(is_good, number, 0.0)
             stored = (number + zero).to(tl.int32)
         if IS_FAKE:
-            tl.store(q + places, (number * step).to(q.dtype.element_ty), mask=inside)
+            tl.store(q + column, (number * step).to(q.dtype.element_ty), mask=inside)
         else:
-            tl.store(q + places, stored.to(tl.int8), mask=inside)
+            tl.store(q + column, stored.to(tl.int8), mask=inside)
 
 
 @tile.jit
 def _dequantise(  # type: ignore[no-untyped-def]
-    q, steps, zeros, y, rows, columns, high, wide, blocks, FORM: tl.constexpr, BLOCK: tl.constexpr
-):
+    q, steps, zeros, y, columns, high, wide, blocks, parts,
+    FORM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_G blocks of a row, or one of the parts of a block."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < columns
-    index = row // high * blocks + column // wide
+    block = tl.program_id(1) // parts * BLOCK_G + tl.arange(0, BLOCK_G)[:, None]
+    c = tl.program_id(1) % parts * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    column = block * wide + c
+    inside = (c < wide) & (column < columns)
+    index, is_block = row // high * blocks + block, block < blocks
     stored = tl.load(q + row * columns + column, mask=inside, other=0).to(tl.int32)
     if FORM == 0:
         number = stored.to(tl.float32)
@@ -216,8 +235,8 @@ def _dequantise(  # type: ignore[no-untyped-def]
         size = tl.where((stored & 0x7F) == 0x7F, float("nan"), size)
         number = tl.where((stored & 0x80) != 0, -size, size)
     else:
-        number = stored.to(tl.float32) - tl.load(zeros + index, mask=inside, other=0).to(tl.float32)
-    number = number * tl.load(steps + index, mask=inside, other=0.0)
+        number = stored.to(tl.float32) - tl.load(zeros + index, mask=is_block, other=0).to(tl.float32)
+    number = number * tl.load(steps + index, mask=is_block, other=0.0)
     tl.store(y + row * columns + column, number.to(y.dtype.element_ty), mask=inside)
 
 
@@ -229,23 +248,29 @@ def launch_quantise(
     form: str,
     block: tuple[int, int],
 ) -> None:
-    """Start one program a block; without steps and zeros, what the bits stand for is written."""
+    """Start one program a block, or for some blocks of rows; without steps, write what the bits stand for."""
     (rows, columns), (high, wide) = x_NK.shape, block
-    grid = (-(-rows // high), -(-columns // wide))
-    tall = 1 << (high - 1).bit_length()
-    broad = min(1 << (wide - 1).bit_length(), max(16, 8192 // tall))
-    warps = 1 if tall * broad <= 512 else 4 if tall * broad <= 4096 else 8
+    down, blocks, is_flat = -(-rows // high), -(-columns // wide), high == 1
+    tall, broad = (1 << (size - 1).bit_length() for size in block)
+    # Numbers of a tile, and of a thread: with 32 it spills registers.
+    default, others = {"TILE": 4096, "EACH": 16}, ({"TILE": 2048}, {"TILE": 8192}, {"EACH": 8})
+    shape_class = (form, min(tall, 128), min(broad, 8192), str(x_NK.dtype))
+    options = tile.config("quantise", shape_class, default, others)
+    broad = min(broad, max(16, options["TILE"] // tall))
+    if is_flat:
+        tall = min(max(1, options["TILE"] // broad), 1 << max(0, down * blocks - 1).bit_length())
     is_fake = steps_PG is None
     tile.launch(
         _quantise,
-        grid,
+        (-(-down * blocks // tall), 1) if is_flat else (down, blocks),
         *(x_NK, out_NK if is_fake else out_NK.view(torch.int8), steps_PG, zeros_PG),
-        *(rows, columns, high, wide, grid[1]),
+        *(rows, columns, high, wide, blocks),
         FORM=FORMATS.index(form),
         IS_FAKE=is_fake,
+        IS_FLAT=is_flat,
         BLOCK_R=tall,
         BLOCK_C=broad,
-        num_warps=warps,
+        num_warps=max(1, min(16, tall * broad // (32 * options["EACH"]))),
     )
 
 
@@ -270,14 +295,26 @@ def dequantise_triton(
 ) -> Tensor:
     """Take some thousand numbers of a row a program."""
     y_NK = _empty_numbers(q_NK, steps_PG, zeros_PG, dtype, block_rows, block_columns)
-    (rows, columns), block = q_NK.shape, block_size(q_NK, block_rows, block_columns)
-    size = min(4096, max(16, 1 << (columns - 1).bit_length())) if columns else 16
+    (rows, columns), (high, wide) = q_NK.shape, block_size(q_NK, block_rows, block_columns)
+    # Numbers of a tile, and of a thread: 16 bytes of q.
+    default, others = {"TILE": 4096, "EACH": 16}, ({"TILE": 2048}, {"TILE": 8192}, {"EACH": 8})
+    broad, blocks = 1 << (wide - 1).bit_length(), steps_PG.shape[1]
+    options = tile.config("dequantise", (str(q_NK.dtype), min(broad, 8192), str(dtype)), default, others)
+    broad = min(broad, options["TILE"])
+    some, parts = min(options["TILE"] // broad, 1 << max(0, blocks - 1).bit_length()), -(-wide // broad)
     form = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.uint8: 2}[q_NK.dtype]
     bits = q_NK.contiguous().view(torch.uint8) if form else q_NK.contiguous()
     tensors = (bits, steps_PG.contiguous(), zeros_PG.contiguous(), y_NK)
-    sizes = (rows, columns, *block, steps_PG.shape[1])
+    sizes = (columns, high, wide, blocks, parts)
     tile.launch(
-        _dequantise, (rows, -(-columns // size)), *tensors, *sizes, FORM=form, BLOCK=size, num_warps=4
+        _dequantise,
+        (rows, -(-blocks // some) * parts),
+        *tensors,
+        *sizes,
+        FORM=form,
+        BLOCK_G=some,
+        BLOCK_C=broad,
+        num_warps=max(1, min(16, some * broad // (32 * options["EACH"]))),
     )
     return y_NK
 
@@ -379,7 +416,11 @@ OPERATOR.add("cpu", forward_cpu, **native.path("quantise"))
 OPERATOR.add("triton", forward_triton, **tile.path())
 
 DEQUANTISE = Operator(
-    "dequantise", dequantise_reference, fake=_empty_numbers, examples=_examples_of_dequantise
+    "dequantise",
+    dequantise_reference,
+    fake=_empty_numbers,
+    examples=_examples_of_dequantise,
+    expects=Expects(dtypes={"steps_PG": torch.float32, "zeros_PG": torch.uint8}),
 )
 DEQUANTISE.add("cpu", dequantise_cpu, **(native.path("quantise") | {"dtypes": None}))
 DEQUANTISE.add("triton", dequantise_triton, **(tile.path() | {"dtypes": None}))

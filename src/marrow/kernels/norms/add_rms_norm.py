@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from marrow.kernels import native, tile
+from marrow.kernels.arguments import FLOATS, Expects
 from marrow.kernels.dispatch import Example, Gradient, Operator
 from marrow.kernels.norms.rms_norm import rms_norm_reference
 from marrow.kernels.norms.rows import (
     PART,
     backward_tiles,
-    check_weight,
     count_rows,
     in_dtype_of,
     parts,
@@ -37,7 +37,6 @@ def add_rms_norm(residual_NC: Tensor, x_NC: Tensor, weight_C: Tensor, eps: float
     if residual_NC.shape != x_NC.shape or residual_NC.dtype != x_NC.dtype:
         found = f"{list(residual_NC.shape)} {residual_NC.dtype} and {list(x_NC.shape)} {x_NC.dtype}"
         raise ValueError(f"residual and x are {found}: must be equal")
-    check_weight(weight_C, x_NC)
     y_NC, total_NC = OPERATOR(residual_NC, x_NC, weight_C, eps)
     return y_NC, total_NC
 
@@ -198,6 +197,7 @@ OPERATOR = Operator(
         fake=_empty_gradients,
     ),
     examples=_examples,
+    expects=Expects(dtypes={"weight_C": FLOATS}, leading=True),
 )
 OPERATOR.add("cpu", forward_cpu, backward_cpu, **native.path("add_rms_norm"))
 OPERATOR.add("triton", forward_triton, backward_triton, **tile.path())

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from marrow.kernels import native, tile
+from marrow.kernels.arguments import FLOATS, Expects
 from marrow.kernels.dispatch import Example, Gradient, Operator
 from marrow.kernels.norms.rows import (
     PART,
     backward_tiles,
-    check_weight,
     count_rows,
     in_dtype_of,
     parts,
@@ -29,14 +29,11 @@ def layer_norm(x_NC: Tensor, weight_C: Tensor, bias_C: Tensor | None, eps: float
 
     Args: x_NC: [..., C], any float dtype. weight_C: [C]. bias_C: [C], or None for none. eps: > 0.
     Returns: [..., C] of x's dtype; statistics in fp32 (fp64 for fp64).
-    Raises: ValueError if weight or bias does not fit the rows.
+    Raises: UsageError for what does not fit.
     Cost: reads and writes N C elements; 8 N C FLOPs; bound by memory.
     """
-    check_weight(weight_C, x_NC)
     if bias_C is None:
         bias_C = weight_C.new_empty(0)
-    else:
-        check_weight(bias_C, x_NC)
     result: Tensor = OPERATOR(x_NC, weight_C, bias_C, eps)
     return result
 
@@ -201,6 +198,13 @@ def _examples(dtype: torch.dtype, device: str) -> list[Example]:
     return examples
 
 
+def _misfit(x_NC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> tuple[str, str] | None:
+    """Say what does not fit, beyond what the names of the inputs say."""
+    if bias_C.numel() and bias_C.shape != weight_C.shape:
+        return f"bias_C has shape {list(bias_C.shape)}, weight_C {list(weight_C.shape)}", "both must be equal"
+    return None
+
+
 OPERATOR = Operator(
     "layer_norm",
     layer_norm_reference,
@@ -211,6 +215,12 @@ OPERATOR = Operator(
         fake=_empty_gradients,
     ),
     examples=_examples,
+    expects=Expects(
+        dtypes={"weight_C": FLOATS, "bias_C": FLOATS},
+        leading=True,
+        axes={"bias_C": ""},  # empty for none
+        also=_misfit,
+    ),
 )
 OPERATOR.add("cpu", forward_cpu, backward_cpu, **native.path("layer_norm"))
 OPERATOR.add("triton", forward_triton, backward_triton, **tile.path())

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from marrow.kernels import native, tile
+from marrow.kernels.arguments import FLOATS, Expects
 from marrow.kernels.dispatch import Example, Gradient, Operator
 from marrow.kernels.norms.rows import (
     PART,
     backward_tiles,
-    check_weight,
     count_rows,
     in_dtype_of,
     parts,
@@ -29,10 +29,9 @@ def rms_norm(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
 
     Args: x_NC: [..., C], any float dtype. weight_C: [C]. eps: > 0, added to the mean square.
     Returns: [..., C] of x's dtype; statistics in fp32 (fp64 for fp64).
-    Raises: ValueError if the weight does not fit the rows.
+    Raises: UsageError for what does not fit.
     Cost: reads and writes N C elements; 4 N C FLOPs; bound by memory.
     """
-    check_weight(weight_C, x_NC)
     result: Tensor = OPERATOR(x_NC, weight_C, eps)
     return result
 
@@ -165,6 +164,7 @@ OPERATOR = Operator(
         fake=_empty_gradients,
     ),
     examples=_examples,
+    expects=Expects(dtypes={"weight_C": FLOATS}, leading=True),
 )
 OPERATOR.add("cpu", forward_cpu, backward_cpu, **native.path("rms_norm"))
 OPERATOR.add("triton", forward_triton, backward_triton, **tile.path())

@@ -12,12 +12,6 @@ from marrow.kernels import tile
 PART = 64  # rows of a part: its sum, in fp32, costs 3 % of the traffic of bf16 rows
 
 
-def check_weight(weight_C: Tensor, x_NC: Tensor) -> None:
-    """Refuse a weight that does not fit the rows: C would read behind its end."""
-    if weight_C.shape != x_NC.shape[-1:]:
-        raise ValueError(f"a weight of shape {list(weight_C.shape)} for rows of {x_NC.shape[-1]}")
-
-
 def count_rows(x_NC: Tensor) -> int:
     """Return how many rows there are over all leading axes."""
     return x_NC.numel() // max(1, x_NC.shape[-1])

@@ -19,7 +19,6 @@ from marrow.kernels import native, tile
 from marrow.kernels.dispatch import Example, Operator
 from marrow.kernels.tile import tl
 
-_BLOCK = 1024
 _NARROW = (torch.float32, torch.bfloat16)
 
 
@@ -57,16 +56,21 @@ def adamw(
     for number, param in enumerate(params):
         _check(param, grads[number], means[number], squares[number], params[0].dtype)
     for param, copy in zip(params, copies, strict=False):
-        if copy.shape != param.shape or not copy.is_contiguous():
+        if copy.shape != param.shape or copy.device != param.device or not copy.is_contiguous():
             raise ValueError(
-                f"a copy of shape {list(copy.shape)}: not contiguous, or not {list(param.shape)}"
+                f"a copy of shape {list(copy.shape)} on {copy.device}: not contiguous, or not "
+                f"{list(param.shape)} on {param.device}"
             )
     OPERATOR(params, grads, means, squares, list(copies), lr, *betas, eps, weight_decay, step, scale)
+    # Autograd must see the change: a backward through the old values is then refused, not wrong.
+    torch.autograd.graph.increment_version([*params, *means, *squares, *copies])
 
 
 def _check(param: Tensor, grad: Tensor, mean: Tensor, square: Tensor, dtype: torch.dtype) -> None:
     """Refuse what C would read or write wrongly. Written out: it runs for every tensor of every step."""
-    shape = param.shape
+    shape, place = param.shape, param.device
+    if grad.device != place or mean.device != place or square.device != place:
+        raise ValueError(f"a gradient or moment is not on {place}, where its parameter is")
     if grad.shape != shape or mean.shape != shape or square.shape != shape:
         shapes = ", ".join(str(list(one.shape)) for one in (param, grad, mean, square))
         raise ValueError(f"shapes {shapes}: must be equal")
@@ -157,11 +161,17 @@ def forward_triton(
 ) -> None:
     """One launch a tensor: the device is busy with one while the host starts the next."""
     factors = (*_factors(lr, beta1, beta2, weight_decay, step), eps, scale)
+    cuts = {dtype: _options(dtype, bool(copies)) for dtype in {param.dtype for param in params}}
     for number, param in enumerate(params):
         copy = copies[number] if copies else None
         arguments = (param, grads[number].contiguous(), means[number], squares[number], copy)
-        blocks = -(-param.numel() // _BLOCK)
-        tile.launch(_step, (blocks,), *arguments, param.numel(), *factors, BLOCK=_BLOCK, num_warps=4)
+        size, options = param.numel(), cuts[param.dtype]
+        tile.launch(_step, (-(-size // options["BLOCK"]),), *arguments, size, *factors, **options)
+
+
+def _options(dtype: torch.dtype, has_copies: bool) -> dict[str, int]:
+    others = ({"BLOCK": 512}, {"BLOCK": 2048, "num_warps": 8}, {"BLOCK": 512, "num_warps": 2})
+    return tile.config("adamw", (str(dtype), has_copies), {"BLOCK": 1024, "num_warps": 4}, others)
 
 
 # CPU

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from marrow.core.errors import UsageError
+
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
 
@@ -63,6 +65,17 @@ class Draws:
             torch.tensor([token for d in draws for token in d.history], dtype=torch.int64).to(device),
             torch.tensor(starts, dtype=torch.int64).to(device),
         )
+
+    def check(self, logits_SV: Tensor) -> None:
+        """Refuse logits that are not a row for each draw: C would read behind their end.
+
+        Raises: UsageError.
+        """
+        if logits_SV.ndim != 2 or logits_SV.shape[0] != self.keys_S4.shape[0]:
+            raise UsageError(
+                f"logits {list(logits_SV.shape)} for {len(self.keys_S4)} draws",
+                hint="give [S, V], a row a draw",
+            )
 
 
 class Sampled(NamedTuple):

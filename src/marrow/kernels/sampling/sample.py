@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from marrow.kernels import native, tile
+from marrow.kernels.arguments import Expects
 from marrow.kernels.dispatch import Example, Operator
 from marrow.kernels.losses.cross_entropy import sum_row
 from marrow.kernels.sampling.draws import Draw, Draws, Sampled, collect_reference, penalised, uniform
@@ -45,8 +46,10 @@ def sample(logits_SV: Tensor, draws: Draws, *, num_top: int | None = None) -> Sa
     Args: logits_SV: [S, V], fp32 or bf16. draws: one a row. num_top: None for no log probabilities, or how
         many of the likeliest tokens to list besides the drawn one's.
     Returns: see `Sampled`.
+    Raises: UsageError if there is not a row for each draw.
     Cost: reads the logits two or three times, from the cache after the first; O(S V).
     """
+    draws.check(logits_SV)
     listed = -1 if num_top is None else min(num_top, logits_SV.shape[1])
     packed = draws.factors_S6, draws.keys_S4, draws.history_N, draws.starts_S1
     return Sampled(*OPERATOR(logits_SV, *packed, listed))
@@ -166,7 +169,7 @@ def forward_triton(
         x_SV = penalised(logits_SV.float(), factors_S6[:, 3:], keys_S4[:, 3], history_N, starts_S1)
     values_SV = logits_SV.new_empty(rows, columns, dtype=torch.float32)
     places_SV = logits_SV.new_empty(rows, columns, dtype=torch.int32)
-    options = row_options(columns)
+    options = row_options("sample", columns)
     uniform_S = uniform(keys_S4[:, 1], keys_S4[:, 2])
     arguments = (x_SV, factors_S6, keys_S4, uniform_S, tokens_S, kept_S, values_SV, places_SV, columns)
     tile.launch(_sample, (rows,), *arguments, **options)
@@ -213,7 +216,7 @@ def _empty(
     logits_SV: Tensor, factors_S6: Tensor, keys_S4: Tensor, history_N: Tensor, starts_S1: Tensor, num_top: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Allocate what `Sampled` holds."""
-    rows, listed = len(logits_SV), max(num_top, 0)
+    rows, listed = logits_SV.shape[0], max(num_top, 0)
     return (
         logits_SV.new_empty(rows, dtype=torch.int64),
         logits_SV.new_empty(rows, dtype=torch.int64),
@@ -235,6 +238,17 @@ def _examples(dtype: torch.dtype, device: str) -> list[Example]:
     return examples
 
 
-OPERATOR = Operator("sample", sample_reference, fake=_empty, results=5, examples=_examples)
+OPERATOR = Operator(
+    "sample",
+    sample_reference,
+    fake=_empty,
+    results=5,
+    examples=_examples,
+    expects=Expects(
+        dtypes={"factors_S6": torch.float32}
+        | dict.fromkeys(("keys_S4", "history_N", "starts_S1"), torch.int64),
+        axes={"starts_S1": "Z"},
+    ),
+)
 OPERATOR.add("cpu", forward_cpu, **native.path("sample"))
 OPERATOR.add("triton", forward_triton, **tile.path())

@@ -9,10 +9,12 @@ from marrow.kernels import tile
 from marrow.kernels.tile import tl
 
 
-def row_options(columns: int) -> dict[str, int]:
+def row_options(op: str, columns: int) -> dict[str, int]:
     """Return BLOCK and num_warps for programs that walk a row."""
     block = max(128, min(2048, 1 << (columns - 1).bit_length()))
-    return {"BLOCK": block, "num_warps": max(1, block // 256)}  # 8 elements a thread: more would spill
+    default = {"BLOCK": block, "num_warps": max(1, block // 256)}  # 8 elements a thread: more would spill
+    others = ({"num_warps": 16}, {"BLOCK": 4096, "num_warps": 16}, {"BLOCK": 1024, "num_warps": 4})
+    return tile.config(op, block, default, others)
 
 
 @tile.jit

@@ -18,7 +18,9 @@ Axes: S sequences, N rows of all of them, V vocabulary.
 import torch
 from torch import Tensor
 
+from marrow.core.errors import UsageError
 from marrow.kernels import native, tile
+from marrow.kernels.arguments import Expects
 from marrow.kernels.dispatch import Example, Operator
 from marrow.kernels.sampling.draws import Draw, Draws, collect_reference, mixed, penalised, uniform
 from marrow.kernels.sampling.sample import sample as draw_rows
@@ -44,10 +46,23 @@ def verify_draft(
         its position that of the row's token. draft_probs_NV: fp32 [N, V], what each draft was drawn from;
         None for guesses.
     Returns: (accepted_S, next_S): int64. next -1: a row that nothing can be drawn from.
+    Raises: UsageError if there is not a draft, a draw and a row of probabilities for each row.
     Cost: as `sample` for each row that is reached, and for all of them where drafts are guesses.
     """
+    draws.check(logits_NV)
+    if drafts_N.shape != logits_NV.shape[:1] or drafts_N.dtype != torch.int64:
+        raise UsageError(
+            f"drafts {list(drafts_N.shape)} of {drafts_N.dtype} for logits {list(logits_NV.shape)}",
+            hint="give int64 [N], one a row",
+        )
     if draft_probs_NV is None:
         return match(draw_rows(logits_NV, draws).tokens_S, drafts_N, begins_S1)
+    if draft_probs_NV.shape != logits_NV.shape or draft_probs_NV.dtype != torch.float32:
+        raise UsageError(
+            f"probabilities {list(draft_probs_NV.shape)} of {draft_probs_NV.dtype} for logits "
+            f"{list(logits_NV.shape)}",
+            hint="give fp32, a number for each logit",
+        )
     packed = draws.factors_S6, draws.keys_S4, draws.history_N, draws.starts_S1
     accepted_S, next_S = OPERATOR(logits_NV, drafts_N, begins_S1, draft_probs_NV, *packed)
     return accepted_S, next_S
@@ -214,7 +229,7 @@ def forward_triton(
         logits_NV.new_empty(sequences, columns, dtype=torch.float32),
         logits_NV.new_empty(sequences, columns, dtype=torch.int32),
     )
-    tile.launch(_verify, (sequences,), *arguments, columns, **row_options(columns))
+    tile.launch(_verify, (sequences,), *arguments, columns, **row_options("verify_draft", columns))
     return accepted_S, next_S
 
 
@@ -270,7 +285,7 @@ def _empty(
     starts_N1: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Allocate a count and a token a sequence."""
-    sequences = len(begins_S1) - 1
+    sequences = begins_S1.shape[0] - 1
     return begins_S1.new_empty(sequences), begins_S1.new_empty(sequences)
 
 
@@ -291,6 +306,17 @@ def _examples(dtype: torch.dtype, device: str) -> list[Example]:
     return examples
 
 
-OPERATOR = Operator("verify_draft", verify_draft_reference, fake=_empty, results=2, examples=_examples)
+OPERATOR = Operator(
+    "verify_draft",
+    verify_draft_reference,
+    fake=_empty,
+    results=2,
+    examples=_examples,
+    expects=Expects(
+        dtypes=dict.fromkeys(("draft_probs_NV", "factors_N6"), torch.float32)
+        | dict.fromkeys(("drafts_N", "begins_S1", "keys_N4", "history_M", "starts_N1"), torch.int64),
+        axes={"begins_S1": "Y", "starts_N1": "Z"},
+    ),
+)
 OPERATOR.add("cpu", forward_cpu, **native.path("verify_draft"))
 OPERATOR.add("triton", forward_triton, **tile.path())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from marrow.core.errors import UsageError
 from marrow.kernels import native, tile
+from marrow.kernels.arguments import FLOATS, Expects
 from marrow.kernels.dispatch import Case, Example, Operator
 from marrow.kernels.tile import tl
 
@@ -72,13 +73,15 @@ def check(queries_QC: Tensor, vectors_NC: Tensor, k: int) -> None:
 def listed(among: Tensor, num_rows: int) -> Tensor:
     """Return the rows that a mask or a list of numbers means, rising, each once.
 
-    Raises: UsageError for a mask of another length, and for rows that are not there.
+    Raises: UsageError for a mask of another length, for numbers that are not whole, or of rows not there.
     """
     if among.dtype == torch.bool:
         if among.shape != (num_rows,):
             raise UsageError(f"search: a mask of {list(among.shape)} for {num_rows} vectors")
         return among.nonzero().squeeze(1)
-    rows_M: Tensor = torch.unique(among)
+    if among.is_floating_point():
+        raise UsageError(f"search: rows of {among.dtype}", hint="bool [N], or int64 [M] of numbers")
+    rows_M: Tensor = torch.unique(among.long())
     if len(rows_M) and not 0 <= int(rows_M[0]) <= int(rows_M[-1]) < num_rows:
         raise UsageError(f"search: rows {rows_M[0]} to {rows_M[-1]} of {num_rows} vectors")
     return rows_M
@@ -197,11 +200,11 @@ def _options(num_queries: int, columns: int, dtype: torch.dtype) -> dict[str, in
         block_c = min(256, max(16, 1 << (columns - 1).bit_length()))
         default = {"BLOCK_Q": 1, "BLOCK_N": 32, "BLOCK_C": block_c, "num_warps": 4, "num_stages": 2}
         others = ({"BLOCK_N": 16}, {"BLOCK_N": 64, "num_warps": 8}, {"BLOCK_N": 16, "num_warps": 2})
-        return tile.config("top_k", "one query", default, others)
-    rows, warps = (32, 4) if dtype == torch.float32 else (64, 8)  # others spill registers
-    default = {"BLOCK_Q": 16, "BLOCK_N": rows, "BLOCK_C": 64, "num_warps": warps, "num_stages": 3}
+        return tile.config("top_k", ("one", str(dtype)), default, others)
+    # Fewer warps spill registers in fp32.
+    default = {"BLOCK_Q": 16, "BLOCK_N": 64, "BLOCK_C": 64, "num_warps": 8, "num_stages": 3}
     others = ({"BLOCK_N": 128, "num_warps": 8}, {"BLOCK_C": 32}, {"num_stages": 4})
-    return tile.config("top_k", f"many queries {dtype.itemsize}", default, others)
+    return tile.config("top_k", ("many", str(dtype)), default, others)
 
 
 def _sorted(scores_SQK: Tensor, rows_SQK: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -299,7 +302,7 @@ def _examples(dtype: torch.dtype, device: str) -> list[Example]:
 
 
 def _shape_class(vectors_NC: Tensor, queries_QC: Tensor, k: int, rows_M: Tensor | None) -> str:
-    return SHAPES[(len(queries_QC) > 16) + 2 * (k > MOST_TAKEN)]
+    return SHAPES[int(queries_QC.shape[0] > 16) + 2 * int(k > MOST_TAKEN)]
 
 
 def _triton_loses(case: Case) -> str | None:
@@ -312,7 +315,13 @@ def _triton_loses(case: Case) -> str | None:
 
 
 OPERATOR = Operator(
-    "top_k", top_k_reference, fake=_empty, results=2, examples=_examples, shape_class=_shape_class
+    "top_k",
+    top_k_reference,
+    fake=_empty,
+    results=2,
+    examples=_examples,
+    shape_class=_shape_class,
+    expects=Expects(dtypes={"queries_QC": FLOATS, "rows_M": torch.int64}),
 )
 OPERATOR.add("torch", forward_torch)
 OPERATOR.add("cpu", forward_cpu, **native.path("top_k"))

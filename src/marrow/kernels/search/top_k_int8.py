@@ -20,6 +20,7 @@ from torch import Tensor
 
 from marrow.core.errors import UsageError
 from marrow.kernels import native
+from marrow.kernels.arguments import FLOATS, Expects
 from marrow.kernels.dispatch import Example, Operator
 from marrow.kernels.matmul.int4_weights import in_large_pages
 from marrow.kernels.search import top_k as exact
@@ -194,6 +195,21 @@ def _examples(dtype: torch.dtype, device: str) -> list[Example]:
     return examples
 
 
-OPERATOR = Operator("top_k_int8", top_k_int8_reference, fake=_empty, results=2, examples=_examples)
+OPERATOR = Operator(
+    "top_k_int8",
+    top_k_int8_reference,
+    fake=_empty,
+    results=2,
+    examples=_examples,
+    expects=Expects(
+        dtypes={
+            "codes_NP": torch.uint8,
+            "scales_N": torch.float32,
+            "errors_N": torch.float32,
+            "queries_QC": FLOATS,
+            "rows_M": torch.int64,
+        }
+    ),
+)
 OPERATOR.add("torch", forward_torch)
 OPERATOR.add("cpu", forward_cpu, **native.path("top_k_int8"))

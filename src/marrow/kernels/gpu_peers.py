@@ -1,21 +1,18 @@
-"""Liger-Kernel's operators, as peers of the GPU bench: `gpu_bench.Bench(..., hook=liger.peers)`.
+"""Liger-Kernel's operators, as peers of the GPU bench, where that package is installed.
 
-Each does what its own documentation says, on the very inputs that ours gets. In place where that is its
-default. Needs `.bench/kernels` (see `requirements-kernels.txt`) on the path, and Triton.
+Each does what its own documentation says, on the very inputs that ours gets; in place where that is its
+default. Needs `liger-kernel` (bench/requirements-kernels.txt) on the path, and Triton; where it is missing,
+the row says so.
 """
 
 import importlib
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from marrow.kernels.gpu_cases import called
-
-PEERS = Path(__file__).resolve().parents[2] / ".bench" / "kernels"
+from marrow.kernels.gpu_times import Function, called
 
 # Ours -> Liger's module, and its autograd function.
 _FUNCTIONS = {
@@ -29,16 +26,14 @@ _FUNCTIONS = {
 }
 
 
-def peers(op: str, direction: str, inputs: tuple[Any, ...]) -> dict[str, Callable[[], Callable[[], Any]]]:
+def peers(op: str, direction: str, inputs: tuple[Any, ...]) -> dict[str, Callable[[], Function]]:
     """Return {"Liger": what prepares its call}, or nothing where Liger has no such operator."""
     if op not in _FUNCTIONS:
         return {}
     return {"Liger": lambda: _prepared(op, direction, inputs)}
 
 
-def _prepared(op: str, direction: str, inputs: tuple[Any, ...]) -> Callable[[], Any]:
-    if str(PEERS) not in sys.path:
-        sys.path.append(str(PEERS))
+def _prepared(op: str, direction: str, inputs: tuple[Any, ...]) -> Function:
     module, name = _FUNCTIONS[op]
     apply = getattr(importlib.import_module(f"liger_kernel.ops.{module}"), name).apply
     if op == "linear_cross_entropy":
@@ -53,7 +48,7 @@ def _prepared(op: str, direction: str, inputs: tuple[Any, ...]) -> Callable[[], 
     return called(direction, inputs, apply)
 
 
-def _rope(direction: str, inputs: tuple[Any, ...], apply: Callable[..., Any]) -> Callable[[], Any]:
+def _rope(direction: str, inputs: tuple[Any, ...], apply: Callable[..., Any]) -> Function:
     """Turn queries and keys: half of our heads each, so that as much is read and written."""
     x, cos, sin = inputs
     tokens, heads, size = x.shape
