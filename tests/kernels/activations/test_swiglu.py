@@ -45,6 +45,21 @@ def test_any_shape_stays_within_the_error_budget(path, dtype, rows, size, seed, 
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_of_two_bf16_numbers_that_are_equally_near_it_gives_the_even_one(path):
+    """A gate of 64 or more is open: gate up, dy gate and dy up are exact, and often ties."""
+    gate = (64 + torch.arange(128) / 2).expand(2, 128)
+    up, dy = (torch.tensor(x)[:, None].expand(2, 128) for x in ([1.5, -1.25], [-1.0625, 1.75]))
+    is_tie = ((gate * up).view(torch.int32) & 0xFFFF) == 0x8000
+    odd = ((gate * up).view(torch.int32) >> 16)[is_tie] & 1  # of the nearer to 0
+    assert 10 < odd.sum() < len(odd) - 10
+    given = torch.cat((gate, up), 1).bfloat16().requires_grad_()
+    y = OPERATOR.run(path, given)
+    (dgate_up,) = torch.autograd.grad(y, given, dy.bfloat16())
+    for found, exact in zip((y, *dgate_up.chunk(2, 1)), (gate * up, dy * up, dy * gate), strict=True):
+        assert torch.equal(found, exact.bfloat16())
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_far_gates_close_or_pass_and_what_is_not_finite_stays_where_it_is(path):
     inf, nan = float("inf"), float("nan")
     gate = torch.tensor([0.0, -200.0, -88.0, 88.0, 200.0, inf, -inf, nan, 1.0, 1.0, 3e38])

@@ -195,8 +195,7 @@ def test_scores_that_would_overflow_do_not(path):
     assert all(grad.isfinite().all() for grad in grads)
 
 
-# The others multiply all values of a row, or of a block, by a p that is 0 where they are not seen: 0 times NaN
-# is NaN.
+# The others multiply values that are not seen by a p of 0, and 0 times NaN is NaN.
 ISOLATED = [path for path in PATHS if path == "cpu"]
 
 

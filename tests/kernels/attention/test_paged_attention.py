@@ -345,7 +345,7 @@ LISTS = {
     ),
     "a negative block": ("blocks", (0, 0), -1, r"sequence 0 has block -1 in place 0 of its list"),
     "a block far away": ("blocks", (1, 0), 2**31 - 1, r"sequence 1 has block 2147483647"),
-    "more keys than its list": ("ends", 1, 17, r"sequence 1 has 17 keys, must be 0 to 16\n"),
+    "more keys than its list": ("ends", 0, 17, r"sequence 0 has 17 keys, must be 0 to 16\n"),
     "fewer keys than none": ("ends", 0, -1, r"sequence 0 has -1 keys"),
     "starts that fall": ("starts", 1, 9, r"sequence 1 begins at query 9 and stops at 8\n"),
     "starts beyond the queries": ("starts", 2, 9, r"starts_B goes from 0 to 9, must go from 0 to 8\n"),

@@ -98,6 +98,52 @@ def test_fp8_rounds_as_torch_does():
         assert torch.equal(q.view(torch.uint8), x.to(torch.float8_e4m3fn).view(torch.uint8))
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("form", "span"), [("int4", 7.0), ("int4z", 15.0)])
+def test_of_two_steps_of_fp16_that_are_equally_near_the_even_one_is_taken(path, form, span):
+    """Blocks of one number, whose step lies halfway between two fp16 numbers, subnormal ones too."""
+    every = torch.arange(0x7C00, dtype=torch.int16)[:: 1 if path == "cpu" else 331]
+    low = every.view(torch.float16).float()
+    high = torch.where(every == 0x7BFF, 65536.0, (every + 1).view(torch.float16).float())
+    x = (low + high) / 2 * span  # exact: 12 bits, and 4 more
+    assert torch.equal(x.double() / span, (low.double() + high.double()) / 2)
+    for sign in (1, -1):
+        _, steps, _ = OPERATOR.run(path, sign * x[:, None], form, 1, 0)
+        even = torch.where(every % 2 == 0, low, high)
+        even[every == 0x7BFF] = float("inf")
+        assert torch.equal(steps[:, 0], even)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("form", "most"), [("int8", 127), ("int4", 7), ("int4z", 15)])
+def test_of_two_numbers_that_are_equally_near_the_even_one_is_taken(path, form, most):
+    """Blocks whose step is 1: every half between two numbers."""
+    signs = torch.tensor([1.0, 1.0] if form == "int4z" else [1.0, -1.0])[:, None]
+    x = signs * (torch.arange(most) + torch.tensor([0.5, 0.0])[:, None])
+    x = torch.cat((x, signs * most), 1)
+    q, steps, zeros = OPERATOR.run(path, x, form, 1, 0)
+    assert (steps == 1).all()
+    assert torch.equal(q.float() - (zeros.float() if form != "int8" else 0), x.round())
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("form", ["int8", "int4z"])
+def test_numbers_come_back_to_the_even_bf16_number_where_two_are_equally_near(path, form):
+    q = (
+        torch.arange(1, 16)[None]
+        .to(torch.int8 if form == "int8" else torch.uint8)
+        .expand(64, 15)
+        .contiguous()
+    )
+    steps, zeros = 1 + torch.arange(64)[:, None] / 128, torch.zeros(64, 1, dtype=torch.uint8)
+    exact = q.float() * steps  # 4 bits times 8
+    is_tie = (exact.view(torch.int32) & 0xFFFF) == 0x8000
+    odd = (exact.view(torch.int32) >> 16)[is_tie] & 1  # of the nearer to 0
+    assert 20 < odd.sum() < len(odd) - 20
+    found = DEQUANTISE.run(path, q, steps, zeros, torch.bfloat16, 1, 0)
+    assert torch.equal(found, exact.bfloat16())
+
+
 @pytest.mark.parametrize(("form", "steps_off"), [("int8", 0.5), ("int4", 1.0), ("int4z", 1.0)])
 def test_numbers_come_back_to_the_nearest_step(form, steps_off):
     """Half a step off; the step is rounded to fp16 in int4, so that an end may lie beyond the last one."""

@@ -57,6 +57,20 @@ def test_any_shape_stays_within_the_error_budget(path, dtype, rows, columns, see
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("columns", [64, 8])
+def test_of_two_bf16_numbers_that_are_equally_near_it_gives_the_even_one(path, columns):
+    """Rows of 1.5 and 0.5 with a mean square of 1, and no epsilon: 1.5 weight is exact, and often a tie."""
+    x_C = torch.tensor([1.5, -0.5, 0.5, -1.5, 0.5, 1.5, -0.5, 0.5]).repeat(columns // 8)
+    weights = 1 + torch.arange(1, 128, 3)[:, None].expand(-1, columns) / 128
+    exact = x_C * weights
+    is_tie = (exact.view(torch.int32) & 0xFFFF) == 0x8000
+    odd = (exact.view(torch.int32) >> 16)[is_tie] & 1  # of the nearer to 0
+    assert 10 < odd.sum() < len(odd) - 10
+    found = torch.cat([OPERATOR.run(path, x_C.bfloat16()[None], w.bfloat16(), 0.0) for w in weights])
+    assert torch.equal(found, exact.bfloat16())
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_a_row_that_is_not_finite_spoils_no_other(path):
     x, weight, eps = inputs(4, 33)
     x[1, 3], x[2, 0] = float("nan"), float("inf")
