@@ -34,13 +34,14 @@ class Expects:
 
     dtypes: of the inputs that do not have the first one's. leading: the first letter of the first input
     stands for any number of axes (rows of any arrangement), wherever an input begins with that letter.
-    axes: in place of those in a name; "" for any shape. also: inputs -> what is wrong and a hint, or None.
+    axes: in place of those in a name; "" for any shape. also: inputs -> what is wrong and a hint, or None;
+    asked at every call, since it may look at numbers beside the tensors.
     """
 
     dtypes: Mapping[str, Dtypes] = field(default_factory=dict)
     leading: bool = False
     axes: Mapping[str, str] = field(default_factory=dict)
-    also: Callable[..., tuple[str, str] | None] = lambda *inputs: None
+    also: Callable[..., tuple[str, str] | None] | None = None
 
 
 class Arguments:
@@ -68,12 +69,13 @@ class Arguments:
                 for x in inputs
             ]
         )
-        if key in self._known:
-            return
-        self._check_all(inputs)
-        if len(self._known) >= MOST_KNOWN:
-            self._known.clear()
-        self._known.add(key)
+        if key not in self._known:
+            self._check_all(inputs)
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            self._known.add(key)
+        if self.expects.also is not None and (found := self.expects.also(*inputs)) is not None:
+            self._refuse(*found)
 
     def _check_all(self, inputs: tuple[Any, ...]) -> None:
         first, sizes = inputs[0], dict[str, tuple[int, str]]()
@@ -95,8 +97,6 @@ class Arguments:
                 self._refuse(what, f"{name}.to({allowed[0]})")
             if axes:
                 self._check_shape(name, axes, x, sizes)
-        if (found := self.expects.also(*inputs)) is not None:
-            self._refuse(*found)
 
     def _check_shape(self, name: str, axes: str, x: Tensor, sizes: dict[str, tuple[int, str]]) -> None:
         shape, given = list(x.shape), f"{name} has shape {list(x.shape)}"

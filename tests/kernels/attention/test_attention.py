@@ -1,5 +1,7 @@
 """attention: every path against fp64, plain torch, a loop over queries, transformers and FlexAttention."""
 
+from dataclasses import replace
+
 import hypothesis
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from operator_checks import assert_is_node, assert_within_budget, rounded, run, usable
 
+from marrow.core.errors import UsageError
 from marrow.kernels.attention.attention import OPERATOR, attention, attention_reference, pack
 from marrow.kernels.attention.attention_torch import seen_by
 
@@ -160,12 +163,16 @@ def test_the_blocks_that_need_no_mask_end_where_a_window_or_a_document_does(path
     kv_heads=st.integers(1, 2),
     size=st.sampled_from([1, 8, 24, 32, 64]),
     window=st.sampled_from([0, 0, 1, 16, 65]),
+    softcap=st.sampled_from([0.0, 0.0, 2.0, 30.0]),
     seed=st.integers(0, 2**31),
 )
-def test_any_packing_stays_within_the_error_budget(path, dtype, rows, group, kv_heads, size, window, seed):
+def test_any_packing_stays_within_the_error_budget(
+    path, dtype, rows, group, kv_heads, size, window, softcap, seed
+):
     longest = max(sum(row) for row in rows)
     rows = [[*row, longest - sum(row)] if sum(row) < longest else row for row in rows]
-    given = inputs(rows, heads=group * kv_heads, kv_heads=kv_heads, size=size, window=window, seed=seed)
+    options = {"heads": group * kv_heads, "kv_heads": kv_heads, "size": size, "seed": seed}
+    given = inputs(rows, **options, window=window, softcap=softcap)
     assert_near_fp64(path, given, dtype)
 
 
@@ -307,6 +314,28 @@ def test_equal_numbers_in_different_rows_are_different_documents():
     one = attention(q, k, v, pack(torch.zeros(24, dtype=torch.int32), 12))
     two = attention(q, k, v, pack(documents([[12], [12]]), 12))
     assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("path", FAST)
+@pytest.mark.parametrize(
+    ("row_tokens", "window", "said"),
+    [
+        (0, 0, "24 tokens in rows of 0"),
+        (9, 0, "in rows of 9"),
+        (-12, 0, "rows of -12"),
+        (12, -1, "window = -1"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused_after_a_call_whose_tensors_did(
+    path, row_tokens, window, said, monkeypatch
+):
+    """The tensors are the same: rows of 0 tokens would divide by it, and others leave memory as it was."""
+    monkeypatch.setenv("MARROW_KERNELS", path)
+    q, k, v = (x.float() for x in inputs([[12], [12]])[:3])
+    packing = pack(documents([[12], [12]]), 12)
+    attention(q, k, v, packing)
+    with pytest.raises(UsageError, match=said):
+        attention(q, k, v, replace(packing, row_tokens=row_tokens), window=window)
 
 
 def test_it_is_torch_s_own():

@@ -148,14 +148,17 @@ def test_windows_and_softcaps_stay_within_the_error_budget(path, window, softcap
     block=st.sampled_from([1, 4, 16, 48]),
     codes=st.sampled_from([None, None, *CODES]),
     window=st.sampled_from([0, 0, 1, 40]),
+    softcap=st.sampled_from([0.0, 0.0, 2.0, 30.0]),
     seed=st.integers(0, 2**31),
 )
 def test_any_mix_of_prompts_and_decoding_equals_dense_attention(
-    path, dtype, sequences, group, kv_heads, size, block, codes, window, seed
+    path, dtype, sequences, group, kv_heads, size, block, codes, window, softcap, seed
 ):
     lengths, queries = [max(pair) for pair in sequences], [min(min(pair), 40) for pair in sequences]
     heads = {"heads": group * kv_heads, "kv_heads": kv_heads, "size": size, "block": block}
-    Case(lengths, queries, **heads, dtype=dtype, codes=codes, seed=seed).assert_near_fp64(path, window)
+    Case(lengths, queries, **heads, dtype=dtype, codes=codes, seed=seed).assert_near_fp64(
+        path, window, softcap
+    )
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -334,6 +337,8 @@ def test_the_public_function_takes_scales_and_bounds():
     assert torch.equal(paged_attention(*given, scales=case.scales), with_bounds)
     with pytest.raises(UsageError, match="scales"):
         paged_attention(*given)
+    with pytest.raises(UsageError, match="window = -1"):
+        paged_attention(*given, scales=case.scales, window=-1)
 
 
 LISTS = {

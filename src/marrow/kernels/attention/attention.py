@@ -80,6 +80,7 @@ def attention(
         window: a query sees that many keys at most, its own and those before it; 0 for all.
         softcap: scores s become softcap tanh(s / softcap); 0 leaves them.
     Returns: o_NHD of q's dtype; softmax in fp32.
+    Raises: UsageError for what does not fit.
     Cost: reads N (H + 2K) D, writes N H D elements; 2 N (T + 1) H D FLOPs; backward 2.5x.
     """
     result: Tensor = OPERATOR(q_NHD, k_NKD, v_NKD, *_plain(packing), window, softcap)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from marrow.core.errors import UsageError
 from marrow.kernels import native, tile
 from marrow.kernels.arguments import FLOATS, INTEGERS, Expects
 from marrow.kernels.attention.paged_attention_torch import forward_torch, paged_attention_reference
@@ -61,10 +62,12 @@ def paged_attention(
         programs for that many. window: a query sees that many keys at most; 0 for all. softcap: scores s
         become softcap tanh(s / softcap); 0 leaves them.
     Returns: o_NHD of q's dtype; softmax in fp32. A query that sees no key gets zeros.
-    Raises: UsageError, on a CPU, naming the sequence with more keys than its list has room for, or a block
-        that the cache has not. On a GPU the host reads no list: they must be right.
+    Raises: UsageError for what does not fit, and on a CPU for a sequence with more keys than its list has
+        room for, or a block that the cache has not. On a GPU the host reads no list: they must be right.
     Cost: reads 2 L K D elements a sequence; 4 L H D FLOPs a query; decoding is bound by memory.
     """
+    if window < 0:
+        raise UsageError(f"paged_attention: window = {window}", hint="0 for all keys, or how many")
     max_queries = max_queries or q_NHD.shape[0]
     max_keys = max_keys or blocks_BM.shape[1] * keys_PSKD.shape[1]
     key_scales, value_scales = scales or (None, None)
