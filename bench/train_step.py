@@ -42,6 +42,7 @@ from marrow.core.progress import silent
 from marrow.data.shards import train_tokenizer, write_shards
 from marrow.data.shards_config import ShardsRecipe
 from marrow.kernels.device import raise_malloc_thresholds
+from marrow.loader.config import LoaderRecipe
 from marrow.loader.reader import ShardReader
 from marrow.models.config import ModelConfig
 from marrow.text.config import TokenizerRecipe
@@ -83,6 +84,7 @@ class Turns:
         self.seconds_per_step: list[float] = []
         self._training = training
         self._steps_left = 0
+        self._error: BaseException | None = None
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -90,7 +92,11 @@ class Turns:
     def _run(self) -> None:
         torch.set_num_threads(1)
         self._go.acquire()
-        self._training(self._after_step)
+        try:
+            self._training(self._after_step)
+        except BaseException as error:  # noqa: BLE001 - raised again where the turn was asked for
+            self._error = error
+            self._done.release()
 
     def _after_step(self) -> None:
         self._steps_left -= 1
@@ -104,6 +110,8 @@ class Turns:
         start = time.process_time()
         self._go.release()
         self._done.acquire()
+        if self._error is not None:
+            raise self._error
         self.seconds_per_step.append((time.process_time() - start) / steps)
 
 
@@ -115,8 +123,9 @@ def marrow_training(model: ModelConfig, dtype: str, shards: Path, work: Path) ->
     )
 
     def training(after_step: Callable[[], None]) -> None:
-        decisions = Decisions(dtype, 1, False, 1e12)
-        run = Run(recipe, model, shards, work, decisions, silent, lambda step, figures: None)
+        decisions = Decisions(dtype, 1, False, 1e12, {})
+        loader = LoaderRecipe()
+        run = Run(recipe, model, loader, [shards], work, decisions, silent, lambda step, figures: None)
         while True:
             run.take_step()
             after_step()
