@@ -115,3 +115,19 @@ def test_what_is_compiled_ahead_lies_in_triton_s_own_cache(tmp_path):
     assert done.returncode == 0, done.stderr
     # Equal launches once, the faulty one not at all; and the launcher's own compilation finds it.
     assert json.loads(done.stdout) == [1, 1, True]
+
+
+def test_a_path_that_lost_on_this_device_is_not_taken_and_says_so():
+    """As the table of a tuned GPU would say: SDPA for long packed rows, ours for the rest."""
+    attention = dispatch.operators()["attention"]
+    loses = attention.paths["triton"].loses
+    long, short = (dispatch.Case("cuda", torch.bfloat16, ("packed", size)) for size in (16384, 512))
+    answers = {("attention path", str((long.shape, str(long.dtype)))): {"path": "torch"}}
+    with tile.configuring(answers) as asked:
+        assert loses(long) == "torch was faster when this device was tuned"
+        assert loses(short) is None
+        assert loses(dispatch.Case("cpu", torch.bfloat16, long.shape)) is None
+        assert loses(dispatch.Case("cuda", torch.bfloat16)) is None
+    assert {question.op for question in asked} == {"attention path"}
+    assert all(question.candidates == ({"path": "torch"},) for question in asked)
+    assert "faster" not in str(attention.paths["triton"].refuses(long, is_asked_for=True)[0])

@@ -96,6 +96,9 @@ def unusable() -> str | None:
     return "there is no CUDA device"
 
 
+PATH = " path"  # ends the name of a question that asks which path to take
+
+
 def path() -> dict[str, Any]:
     """Return what `Operator.add` takes for a Triton path: CUDA, and the interpreter on the CPU."""
     return {
@@ -103,6 +106,22 @@ def path() -> dict[str, Any]:
         "dtypes": (torch.float32, torch.bfloat16, torch.float16),
         "unusable": unusable,
     }
+
+
+def slower(op: str, other: str) -> Callable[[Any], str | None]:
+    """Return a path's `loses`: whether `other`, another path, was faster on this GPU when it was tuned.
+
+    It is a question as those for tiles are, asked for each `dispatch.Case` that has a shape class.
+    """
+
+    def loses(case: Any) -> str | None:
+        if case.device != "cuda" or case.shape is None:
+            return None
+        key = (case.shape, str(case.dtype))
+        found = config(f"{op}{PATH}", key, {"path": "triton"}, [{"path": other}])["path"]
+        return None if found == "triton" else f"{found} was faster when this device was tuned"
+
+    return loses
 
 
 def multiprocessors(device: torch.device) -> int:

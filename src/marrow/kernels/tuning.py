@@ -44,7 +44,8 @@ def tune(
     deadline, found = time.monotonic() + budget_s, dict[Key, dict[str, Any]]()
     mode = dispatch.wanted()
     try:
-        dispatch.reset("triton" if device.startswith("cuda") else None)
+        # Of several paths one may lose, which only auto asks.
+        dispatch.reset("auto" if device.startswith("cuda") else None)
         for case in cases:
             if (left := deadline - time.monotonic()) <= 0:
                 tell("no time is left")
@@ -68,6 +69,7 @@ def tune(
 def _tune_case(case: Case, found: Forced, device: str, is_tiny: bool, tell: Callable[[str], None]) -> None:
     """Answer the questions of one case."""
     work = case.make(device, is_tiny)
+    _choose_anew()
     with tile.configuring(found) as asked:
         work.ours()
     questions = {(question.op, question.shape_class): question for question in asked}
@@ -80,13 +82,22 @@ def _tune_case(case: Case, found: Forced, device: str, is_tiny: bool, tell: Call
             tell(f"{case.name}: not compiled ahead: {error!r}")
         else:
             tell(f"{case.name}: {count} kernels compiled ahead")
-    for key, question in questions.items():
+    # Which path is faster is asked when the tiles of ours are known.
+    for key, question in sorted(questions.items(), key=lambda item: item[0][0].endswith(tile.PATH)):
         if key in found or not question.candidates:
             continue
         best, gain = _best(work.ours, key, question, found, device)
         # A question that is answered by its default is kept too: an empty entry.
         found[key] = best
+        if key[0].endswith(tile.PATH):
+            _choose_anew()
         tell(f"{key[0]} {key[1]}: {best or 'default'} ({gain:.2f}x)")
+
+
+def _choose_anew() -> None:
+    """Let operators choose their paths again, by what is answered now."""
+    for operator in dispatch.operators().values():
+        operator.forget()
 
 
 def _compile_ahead(ours: Function, questions: dict[Key, tile.Asked], found: Forced) -> int:
@@ -121,6 +132,8 @@ def _best(
     def under(entries: dict[str, Any]) -> Function:
         def run() -> None:
             with tile.configuring(found | {key: entries}):
+                if key[0].endswith(tile.PATH):
+                    _choose_anew()
                 ours()
 
         return run

@@ -284,5 +284,7 @@ OPERATOR = Operator(
     expects=Expects(dtypes={"first_N": torch.int32, "last_N": torch.int32}, also=_misfit),
 )
 OPERATOR.add("torch", forward_torch, backward_torch, dtypes=(torch.float32, torch.bfloat16, torch.float16))
-OPERATOR.add("triton", forward_triton, backward_triton, **tile.path())
+OPERATOR.add(
+    "triton", forward_triton, backward_triton, **tile.path(), loses=tile.slower("attention", "torch")
+)
 OPERATOR.add("cpu", forward_cpu, backward_cpu, **native.path("attention"))
