@@ -5,8 +5,9 @@ import torch
 from operator_checks import assert_is_node, filled_with_nan, usable
 
 from marrow.core.errors import UsageError
+from marrow.kernels.matmul.dequantise import dequantise_reference
 from marrow.kernels.matmul.fake_quantise import OPERATOR, fake_quantise
-from marrow.kernels.matmul.quantise import FORMATS, dequantise_reference, quantise_reference
+from marrow.kernels.matmul.quantise import FORMATS, quantise_reference
 
 PATHS = usable(OPERATOR)
 

@@ -8,15 +8,9 @@ from hypothesis import strategies as st
 from operator_checks import assert_is_node, run, usable
 
 from marrow.core.errors import UsageError
-from marrow.kernels.matmul.quantise import (
-    DEQUANTISE,
-    FORMATS,
-    OPERATOR,
-    dequantise,
-    dequantise_reference,
-    quantise,
-    quantise_reference,
-)
+from marrow.kernels.matmul.dequantise import OPERATOR as DEQUANTISE
+from marrow.kernels.matmul.dequantise import dequantise, dequantise_reference
+from marrow.kernels.matmul.quantise import FORMATS, OPERATOR, quantise, quantise_reference
 
 PATHS = [path for path in usable(OPERATOR) if path != "reference"]
 SHAPES = [((5, 300), (1, 0)), ((3, 256), (1, 128)), ((40, 50), (16, 32)), ((1, 1), (1, 0)), ((7, 20), (0, 0))]

@@ -13,10 +13,10 @@ from torch import Tensor
 from marrow.core.errors import UsageError
 from marrow.kernels import native, tile
 from marrow.kernels.dispatch import Example, Gradient, Operator
+from marrow.kernels.matmul.dequantise import dequantise_reference
 from marrow.kernels.matmul.quantise import (
     FORMATS,
     block_size,
-    dequantise_reference,
     launch_quantise,
     quantise_reference,
 )

@@ -23,7 +23,7 @@ from torch import Tensor
 from marrow.kernels import native, tile
 from marrow.kernels.arguments import Expects
 from marrow.kernels.dispatch import Example, Operator
-from marrow.kernels.matmul import quantise
+from marrow.kernels.matmul import dequantise, quantise
 from marrow.kernels.matmul.int4_weights import in_large_pages
 from marrow.kernels.matmul.tiles import has_tiles, room_for_tiles
 from marrow.kernels.tile import tl
@@ -138,7 +138,7 @@ def forward_cpu(
     if rounds_rows:
         rounded = quantise.forward_cpu(flat_MK, "fp8", 1, BLOCK)
         wanted = torch.float32 if is_few else x_MK.dtype
-        flat_MK = quantise.dequantise_cpu(*rounded, wanted, 1, BLOCK)
+        flat_MK = dequantise.forward_cpu(*rounded, wanted, 1, BLOCK)
     tensors = (weight_NK.contiguous(), scales_PG.contiguous(), y_MN)
     if is_few:
         native.function("fp8_linear", "fp8_linear", "pppplllii")(
@@ -152,7 +152,7 @@ def forward_cpu(
         )
     else:
         no_zeros = scales_PG.new_empty(scales_PG.shape, dtype=torch.uint8)
-        unpacked_NK = quantise.dequantise_cpu(weight_NK, scales_PG, no_zeros, x_MK.dtype, BLOCK, BLOCK)
+        unpacked_NK = dequantise.forward_cpu(weight_NK, scales_PG, no_zeros, x_MK.dtype, BLOCK, BLOCK)
         return F.linear(flat_MK, unpacked_NK).view(y_MN.shape)
     return y_MN
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from marrow.kernels import native, tile
 from marrow.kernels.arguments import Expects
 from marrow.kernels.dispatch import Example, Operator
+from marrow.kernels.matmul import dequantise
 from marrow.kernels.matmul.int4_weights import in_large_pages
-from marrow.kernels.matmul.quantise import dequantise_cpu
 from marrow.kernels.matmul.tiles import has_tiles, room_for_tiles
 from marrow.kernels.tile import tl
 
@@ -204,7 +204,7 @@ def _multiply_unrounded(
     else:
         steps_N1 = scales_N[:, None].contiguous()
         no_zeros = steps_N1.new_empty(steps_N1.shape, dtype=torch.uint8)
-        unpacked_NK = dequantise_cpu(weight_NK, steps_N1, no_zeros, x_MK.dtype, 1, 0)
+        unpacked_NK = dequantise.forward_cpu(weight_NK, steps_N1, no_zeros, x_MK.dtype, 1, 0)
         torch.mm(x_MK.view(rows, -1), unpacked_NK.T, out=y_MN.view(rows, -1))
     return y_MN
 

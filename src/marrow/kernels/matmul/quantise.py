@@ -20,7 +20,6 @@ from torch import Tensor
 
 from marrow.core.errors import UsageError
 from marrow.kernels import native, tile
-from marrow.kernels.arguments import Expects
 from marrow.kernels.dispatch import Example, Operator
 from marrow.kernels.tile import tl
 
@@ -43,22 +42,6 @@ def quantise(
         raise UsageError(f"format {form!r} is unknown", hint=f"allowed: {', '.join(FORMATS)}")
     q_NK, steps_PG, zeros_PG = OPERATOR(x_NK, form, block_rows, block_columns)
     return q_NK, steps_PG, zeros_PG
-
-
-def dequantise(
-    q_NK: Tensor,
-    steps_PG: Tensor,
-    zeros_PG: Tensor,
-    dtype: torch.dtype,
-    block_rows: int = 1,
-    block_columns: int = 0,
-) -> Tensor:
-    """Return what `quantise` rounded to, (q - zero) step, [N, K] of `dtype`; computed in fp32.
-
-    Cost: reads N K bytes, writes N K numbers.
-    """
-    result: Tensor = DEQUANTISE(q_NK, steps_PG, zeros_PG, dtype, block_rows, block_columns)
-    return result
 
 
 def quantise_reference(
@@ -92,26 +75,6 @@ def quantise_reference(
     q_NK = q_PGb.view(down, along, high, wide).permute(0, 2, 1, 3).reshape(down * high, along * wide)
     q_NK = q_NK[:rows, :columns].to(_STORED[form]).contiguous()
     return q_NK, steps + bad, zeros.to(torch.uint8)
-
-
-def dequantise_reference(
-    q_NK: Tensor,
-    steps_PG: Tensor,
-    zeros_PG: Tensor,
-    dtype: torch.dtype,
-    block_rows: int = 1,
-    block_columns: int = 0,
-) -> Tensor:
-    """Compute `dequantise` in plain torch."""
-    (rows, columns), (high, wide) = q_NK.shape, block_size(q_NK, block_rows, block_columns)
-
-    def spread(blocks_PG: Tensor) -> Tensor:
-        return blocks_PG.float().repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
-
-    number = q_NK.float()
-    if q_NK.dtype == torch.uint8:
-        number = number - spread(zeros_PG)
-    return (number * spread(steps_PG)).to(dtype)
 
 
 # Triton
@@ -215,31 +178,6 @@ def _quantise(  # type: ignore[no-untyped-def]
             tl.store(q + column, stored.to(tl.int8), mask=inside)
 
 
-@tile.jit
-def _dequantise(  # type: ignore[no-untyped-def]
-    q, steps, zeros, y, columns, high, wide, blocks, parts,
-    FORM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_G blocks of a row, or one of the parts of a block."""
-    row = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1) // parts * BLOCK_G + tl.arange(0, BLOCK_G)[:, None]
-    c = tl.program_id(1) % parts * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    column = block * wide + c
-    inside = (c < wide) & (column < columns)
-    index, is_block = row // high * blocks + block, block < blocks
-    stored = tl.load(q + row * columns + column, mask=inside, other=0).to(tl.int32)
-    if FORM == 0:
-        number = stored.to(tl.float32)
-    elif FORM == 1:
-        size = ((stored & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-        size = tl.where((stored & 0x7F) == 0x7F, float("nan"), size)
-        number = tl.where((stored & 0x80) != 0, -size, size)
-    else:
-        number = stored.to(tl.float32) - tl.load(zeros + index, mask=is_block, other=0).to(tl.float32)
-    number = number * tl.load(steps + index, mask=is_block, other=0.0)
-    tl.store(y + row * columns + column, number.to(y.dtype.element_ty), mask=inside)
-
-
 def launch_quantise(
     x_NK: Tensor,
     out_NK: Tensor,
@@ -278,45 +216,11 @@ def forward_triton(
     x_NK: Tensor, form: str, block_rows: int = 1, block_columns: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One program a block."""
-    q_NK, steps_PG, zeros_PG = _empty(x_NK, form, block_rows, block_columns)
+    q_NK, steps_PG, zeros_PG = empty(x_NK, form, block_rows, block_columns)
     launch_quantise(
         x_NK.contiguous(), q_NK, steps_PG, zeros_PG, form, block_size(x_NK, block_rows, block_columns)
     )
     return q_NK, steps_PG, zeros_PG
-
-
-def dequantise_triton(
-    q_NK: Tensor,
-    steps_PG: Tensor,
-    zeros_PG: Tensor,
-    dtype: torch.dtype,
-    block_rows: int = 1,
-    block_columns: int = 0,
-) -> Tensor:
-    """Take some thousand numbers of a row a program."""
-    y_NK = _empty_numbers(q_NK, steps_PG, zeros_PG, dtype, block_rows, block_columns)
-    (rows, columns), (high, wide) = q_NK.shape, block_size(q_NK, block_rows, block_columns)
-    # Numbers of a tile, and of a thread: 16 bytes of q.
-    default, others = {"TILE": 4096, "EACH": 16}, ({"TILE": 2048}, {"TILE": 8192}, {"EACH": 8})
-    broad, blocks = 1 << (wide - 1).bit_length(), steps_PG.shape[1]
-    options = tile.config("dequantise", (str(q_NK.dtype), min(broad, 8192), str(dtype)), default, others)
-    broad = min(broad, options["TILE"])
-    some, parts = min(options["TILE"] // broad, 1 << max(0, blocks - 1).bit_length()), -(-wide // broad)
-    form = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.uint8: 2}[q_NK.dtype]
-    bits = q_NK.contiguous().view(torch.uint8) if form else q_NK.contiguous()
-    tensors = (bits, steps_PG.contiguous(), zeros_PG.contiguous(), y_NK)
-    sizes = (columns, high, wide, blocks, parts)
-    tile.launch(
-        _dequantise,
-        (rows, -(-blocks // some) * parts),
-        *tensors,
-        *sizes,
-        FORM=form,
-        BLOCK_G=some,
-        BLOCK_C=broad,
-        num_warps=max(1, min(16, some * broad // (32 * options["EACH"]))),
-    )
-    return y_NK
 
 
 # CPU
@@ -327,35 +231,13 @@ def forward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Blocks in C, shared among torch's threads."""
     x_NK = x_NK.contiguous()
-    q_NK, steps_PG, zeros_PG = _empty(x_NK, form, block_rows, block_columns)
+    q_NK, steps_PG, zeros_PG = empty(x_NK, form, block_rows, block_columns)
     native.function("quantise", "quantise", "ppppplllliii")(
         *native.pointers(x_NK, q_NK, steps_PG, zeros_PG),
         *(None, *x_NK.shape, *block_size(x_NK, block_rows, block_columns)),
         *(FORMATS.index(form), torch.get_num_threads(), native.type_of(x_NK)),
     )
     return q_NK, steps_PG, zeros_PG
-
-
-def dequantise_cpu(
-    q_NK: Tensor,
-    steps_PG: Tensor,
-    zeros_PG: Tensor,
-    dtype: torch.dtype,
-    block_rows: int = 1,
-    block_columns: int = 0,
-) -> Tensor:
-    """Rows in C, shared among torch's threads; fp16 and fp64 by torch."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        return dequantise_reference(q_NK, steps_PG, zeros_PG, dtype, block_rows, block_columns)
-    q_NK, steps_PG, zeros_PG = q_NK.contiguous(), steps_PG.contiguous(), zeros_PG.contiguous()
-    y_NK = _empty_numbers(q_NK, steps_PG, zeros_PG, dtype, block_rows, block_columns)
-    form = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.uint8: 2}[q_NK.dtype]
-    native.function("quantise", "dequantise", "pppplllliii")(
-        *native.pointers(q_NK, steps_PG, zeros_PG, y_NK),
-        *(*q_NK.shape, *block_size(q_NK, block_rows, block_columns)),
-        *(form, torch.get_num_threads(), native.type_of(y_NK)),
-    )
-    return y_NK
 
 
 # What all paths share
@@ -366,61 +248,29 @@ def block_size(x_NK: Tensor, block_rows: int, block_columns: int) -> tuple[int, 
     return max(1, block_rows or x_NK.shape[0]), max(1, block_columns or x_NK.shape[1])
 
 
-def _empty(
+def empty(
     x_NK: Tensor, form: str, block_rows: int = 1, block_columns: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Make room for numbers, steps and zeros."""
     high, wide = block_size(x_NK, block_rows, block_columns)
     blocks = (-(-x_NK.shape[0] // high), -(-x_NK.shape[1] // wide))
     q_NK = x_NK.new_empty(x_NK.shape, dtype=_STORED[form])
     return q_NK, x_NK.new_empty(blocks, dtype=torch.float32), x_NK.new_empty(blocks, dtype=torch.uint8)
 
 
-def _empty_numbers(
-    q_NK: Tensor,
-    steps_PG: Tensor,
-    zeros_PG: Tensor,
-    dtype: torch.dtype,
-    block_rows: int = 1,
-    block_columns: int = 0,
-) -> Tensor:
-    return q_NK.new_empty(q_NK.shape, dtype=dtype)
-
-
-_SHAPES = (("int8", 1, 0), ("fp8", 1, 128), ("fp8", 128, 128), ("int4z", 1, 128))
+SHAPES = (("int8", 1, 0), ("fp8", 1, 128), ("fp8", 128, 128), ("int4z", 1, 128))
 
 
 def _examples(dtype: torch.dtype, device: str) -> list[Example]:
     """Make activations of a 7B model and a weight, in each format."""
     examples = []
-    for form, high, wide in _SHAPES:
+    for form, high, wide in SHAPES:
         x_NK = torch.randn(4096, 4096, device=device, dtype=dtype)
         cost = (x_NK.nbytes + x_NK.numel(), 4 * x_NK.numel())
         examples.append(Example(f"4096x4096 {form} {high}x{wide or 'row'}", (x_NK, form, high, wide), *cost))
     return examples
 
 
-def _examples_of_dequantise(dtype: torch.dtype, device: str) -> list[Example]:
-    """Make what `quantise` returns for a weight."""
-    examples = []
-    for form, high, wide in _SHAPES:
-        x_NK = torch.randn(4096, 4096, device=device)
-        found = _empty(x_NK, form, high, wide) if device == "meta" else quantise(x_NK, form, high, wide)
-        cost = (x_NK.numel() * (1 + dtype.itemsize), 2 * x_NK.numel())
-        label = f"4096x4096 {form} {high}x{wide or 'row'}"
-        examples.append(Example(label, (*found, dtype, high, wide), *cost))
-    return examples
-
-
-OPERATOR = Operator("quantise", quantise_reference, fake=_empty, results=3, examples=_examples)
+OPERATOR = Operator("quantise", quantise_reference, fake=empty, results=3, examples=_examples)
 OPERATOR.add("cpu", forward_cpu, **native.path("quantise"))
 OPERATOR.add("triton", forward_triton, **tile.path())
-
-DEQUANTISE = Operator(
-    "dequantise",
-    dequantise_reference,
-    fake=_empty_numbers,
-    examples=_examples_of_dequantise,
-    expects=Expects(dtypes={"steps_PG": torch.float32, "zeros_PG": torch.uint8}),
-)
-DEQUANTISE.add("cpu", dequantise_cpu, **(native.path("quantise") | {"dtypes": None}))
-DEQUANTISE.add("triton", dequantise_triton, **(tile.path() | {"dtypes": None}))
