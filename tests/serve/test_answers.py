@@ -16,6 +16,16 @@ from marrow.serve.stream import Delta, Stream
 WORDS = ["", "a", " b", "größer", "\n", "\ufffd", "🙂"]
 
 
+class Tokens:
+    """The bytes of token ids without end."""
+
+    def __getitem__(self, token_id: int) -> bytes:
+        return WORDS[token_id % len(WORDS)].encode()
+
+
+TOKENS: Any = Tokens()
+
+
 def text_of(token_id: int) -> str:
     return WORDS[token_id % len(WORDS)]
 
@@ -27,7 +37,7 @@ def played(
     stream = Stream(3, lambda: None, None)
     for delta in deltas:
         stream.put(delta)
-    choice = kind(0, stream, text_of, **options)
+    choice = kind(0, stream, TOKENS, **options)
     events = choice.opening()
     events += [event for delta in stream if (event := choice.take(delta)) is not None]
     return choice, events
@@ -133,7 +143,7 @@ def test_a_piece_that_shows_nothing_is_not_sent(kind: type[Choice]) -> None:
 
 @pytest.mark.parametrize("kind", [Choice, ChatChoice])
 def test_a_server_that_stops_says_so_and_what_to_do(kind: type[Choice]) -> None:
-    choice = kind(0, Stream(1, lambda: None, None), text_of)
+    choice = kind(0, Stream(1, lambda: None, None), TOKENS)
     with pytest.raises(RequestError, match="shutting down") as caught:
         choice.take(Delta("half an ans", finish_reason="abort"))
     assert caught.value.status == 503 and caught.value.hint == "try another replica"
@@ -141,7 +151,7 @@ def test_a_server_that_stops_says_so_and_what_to_do(kind: type[Choice]) -> None:
 
 def test_a_choice_that_has_not_ended_names_no_reason() -> None:
     stream = Stream(1, lambda: None, None)
-    choice = ChatChoice(4, stream, text_of)
+    choice = ChatChoice(4, stream, TOKENS)
     choice.take(Delta("so far"))
     assert choice.whole()["finish_reason"] is None and choice.num_shared == 0
     assert choice.whole()["message"]["content"] == "so far" and choice.whole()["index"] == 4

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from marrow.models import huggingface
+from marrow.serve.answers import shown
 from marrow.serve.app import make_app
 from marrow.serve.config import ServeRecipe
 from marrow.serve.engine import Engine
@@ -124,6 +125,36 @@ def test_echoed_log_probabilities_score_a_given_text(serve: Serve, llama: Path) 
     assert scored.logprobs.token_logprobs[0] is None
     assert all(value < 0 for value in scored.logprobs.token_logprobs[1:])
     assert len(scored.logprobs.top_logprobs[1]) == 2
+
+
+@pytest.mark.parametrize(
+    ("token", "text"),
+    [
+        (b"", ""),
+        (b"ab", "ab"),
+        ("ü".encode(), "ü"),
+        (b"\xc3", "bytes:\\xc3"),
+        (b"a\xe2\x82", "bytes:\\x61\\xe2\\x82"),
+    ],
+)
+def test_a_part_of_a_character_has_a_name_of_its_own(token: bytes, text: str) -> None:
+    """As U+FFFD all such tokens would be one, and a table by text would lose all but the last."""
+    assert shown(token) == text
+
+
+def test_the_bytes_of_a_token_are_its_own(serve: Serve, chat_model: Path) -> None:
+    tokens = Tokenizer.load(chat_model).token_bytes(skip_special=False)
+    with client_of(serve(chat_model)) as client:
+        answer = client.chat.completions.create(
+            model="tiny",
+            max_tokens=8,
+            logprobs=True,
+            top_logprobs=5,
+            messages=[{"role": "user", "content": "a"}],
+        ).choices[0]
+    entries = [entry for each in answer.logprobs.content for entry in (each, *each.top_logprobs)]
+    assert len(entries) == 48
+    assert all(bytes(entry.bytes) in tokens and entry.token == shown(bytes(entry.bytes)) for entry in entries)
 
 
 def test_a_message_cannot_end_its_own_turn(serve: Serve, chat_model: Path) -> None:

@@ -1,6 +1,6 @@
 """From pieces of text to OpenAI's JSON, one object a choice, streamed or whole."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 from marrow.core.errors import RequestError
@@ -13,8 +13,8 @@ Json = dict[str, Any]
 class Choice:
     """One completion of a request, as /v1/completions gives it.
 
-    Args: echo: the prompt's text, to be repeated in front; "" for none. token_text: the text of
-    one token id.
+    Args: echo: the prompt's text, to be repeated in front; "" for none. token_bytes: the bytes of
+    each token, by id.
     """
 
     kind, event_kind = "text_completion", "text_completion"
@@ -23,7 +23,7 @@ class Choice:
         self,
         index: int,
         stream: Stream,
-        token_text: Callable[[int], str],
+        token_bytes: Sequence[bytes],
         *,
         echo: str = "",
         with_logprobs: bool = False,
@@ -31,7 +31,7 @@ class Choice:
         self.index = index
         self.stream = stream
         self.num_drawn = 0
-        self._token_text = token_text
+        self._token_bytes = token_bytes
         self._echo = echo
         self._with_logprobs = with_logprobs
         self._offset = 0
@@ -80,17 +80,27 @@ class Choice:
     def _logprobs(self, scores: tuple[TokenLogprobs, ...] | list[TokenLogprobs]) -> Json | None:
         if not self._with_logprobs:
             return None
-        tokens = [self._token_text(score.token_id) for score in scores]
+        tokens = [shown(self._token_bytes[score.token_id]) for score in scores]
         offsets = []
-        for token in tokens:
+        for score in scores:
             offsets.append(self._offset)
-            self._offset += len(token)
+            self._offset += len(self._token_bytes[score.token_id].decode(errors="replace"))
         top = [
-            {self._token_text(id): value for id, value in score.top} if score.logprob is not None else None
+            {shown(self._token_bytes[id]): value for id, value in score.top}
+            if score.logprob is not None
+            else None
             for score in scores
         ]
         values = [score.logprob for score in scores]
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+
+
+def shown(token: bytes) -> str:
+    """Return a token as text; a part of a character as OpenAI writes it, so that no two tokens look alike."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
 
 class ChatChoice(Choice):
@@ -116,8 +126,8 @@ class ChatChoice(Choice):
             return None
 
         def entry(token_id: int, logprob: float | None) -> Json:
-            text = self._token_text(token_id)
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            token = self._token_bytes[token_id]
+            return {"token": shown(token), "logprob": logprob, "bytes": list(token)}
 
         content = [
             entry(s.token_id, s.logprob) | {"top_logprobs": [entry(id, value) for id, value in s.top]}

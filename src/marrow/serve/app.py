@@ -88,7 +88,7 @@ class _Service:
             Choice(
                 index,
                 stream,
-                self._token_text,
+                self._token_bytes,
                 echo=texts[index // (body.n or 1)],
                 with_logprobs=body.logprobs is not None,
             )
@@ -115,7 +115,7 @@ class _Service:
         reported = (body.top_logprobs or 0) if body.logprobs else None
         requests = self._requests(body, [prompt], room if given is None else given, reported, False)
         choices = [
-            ChatChoice(index, stream, self._token_text, with_logprobs=bool(body.logprobs))
+            ChatChoice(index, stream, self._token_bytes, with_logprobs=bool(body.logprobs))
             for index, stream in enumerate(self._submit(requests))
         ]
         return await self._answer(request, body, choices, "chatcmpl")
@@ -195,8 +195,9 @@ class _Service:
     def _text(self, ids: list[int]) -> str:
         return self.engine.tokenizer.decode(ids)
 
-    def _token_text(self, token_id: int) -> str:
-        return self.engine.tokenizer.decode([token_id], skip_special=False)
+    @property
+    def _token_bytes(self) -> tuple[bytes, ...]:
+        return self.engine.tokenizer.token_bytes(skip_special=False)
 
     def _requests(
         self,
