@@ -27,7 +27,7 @@ STEPS = [
 ]
 ALSO = {"marrow.cli.trial": "marrow.cli.serve"}  # what its child process runs
 # What only programs of users import.
-DOORS = {"loader/budget.py", "loader/device_copy.py", "loader/images.py"}
+DOORS = {"loader/budget.py", "loader/device_copy.py", "loader/images.py", "models/accounting.py"}
 HEAVY = ("marrow.train", "marrow.models", "marrow.cli.findings")  # they load torch
 
 

@@ -35,7 +35,12 @@ def logits_of() -> Callable[[Decoder, Tensor], Tensor]:
         rows, length = tokens_BT.shape
         packing = pack(torch.arange(rows).repeat_interleave(length), length)
         positions = torch.arange(length).repeat(rows)
-        hidden = decoder(tokens_BT.flatten(), positions, lambda _, q, k, v: attention(q, k, v, packing))
+        window = decoder.config.window
+        hidden = decoder(
+            tokens_BT.flatten(),
+            positions,
+            lambda layer, q, k, v: attention(q, k, v, packing, window=window(layer)),
+        )
         return decoder.logits(hidden).view(rows, length, -1)
 
     return run

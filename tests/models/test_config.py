@@ -24,6 +24,7 @@ def test_it_is_readable_without_torch():
         {"qk_norm": False, "qkv_bias": True},
         {"tie_embeddings": False},
         {"num_kv_heads": 4, "num_layers": 1, "head_size": 6},
+        {"num_experts": 5},
     ],
 )
 def test_parameters_are_counted_as_the_decoder_has_them(change, tiny):

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from marrow.core.errors import ModelError
-from marrow.models import huggingface
+from marrow.kernels.activations.rope_scaling import RopeScaling
+from marrow.models import families, huggingface
 from marrow.models.decoder import Decoder
 
 SHAPE = {
@@ -40,6 +41,68 @@ FAMILIES = {  # a configuration's class and what it is given beside SHAPE
     "mistral, window beyond the context": ("MistralConfig", {"sliding_window": 64}),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "llama 3.1": (
+        "LlamaConfig",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "llama, linear": (
+        "LlamaConfig",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    ),
+    "llama, dynamic": (
+        "LlamaConfig",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+    ),
+    "qwen3, yarn": (
+        "Qwen3Config",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "mistral, window": ("MistralConfig", {"sliding_window": 7}),
+    "qwen2, window in the upper layer": (
+        "Qwen2Config",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen3, window": (
+        "Qwen3Config",
+        {"head_dim": 16, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+    ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral, window": (
+        "MixtralConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 1, "sliding_window": 6},
+    ),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 16},
+    ),
+    "qwen3-moe, normalised": (
+        "Qwen3MoeConfig",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "head_dim": 8,
+            "norm_topk_prob": True,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 # Both sides do the same fp32 products; only the order of sums differs: 1e-5 of logits around 1 to 10.
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -116,6 +179,13 @@ def test_we_load_what_transformers_saves_and_give_the_same_logits(family, tmp_pa
         {"qk_norm": False, "qkv_bias": True},
         {"tie_embeddings": False},
         {"num_kv_heads": 4, "head_size": 16, "rope_theta": 1e6},
+        {"qk_norm": False, "sliding_window": 7},
+        {"sliding_window": 7, "full_layers": 1},
+        {"rope_scaling": RopeScaling("llama3", 8.0, original_positions=16)},
+        {"rope_scaling": RopeScaling("yarn", 4.0, original_positions=16, fast_turns=32.0)},
+        {"num_experts": 4},
+        {"num_experts": 4, "normalise_experts": False, "tie_embeddings": False},
+        {"num_experts": 4, "qk_norm": False, "experts_per_token": 1},
     ],
 )
 def test_transformers_loads_what_we_save_and_gives_the_same_logits(change, tiny, tmp_path, tokens, logits_of):
@@ -123,6 +193,40 @@ def test_transformers_loads_what_we_save_and_gives_the_same_logits(change, tiny,
     huggingface.save(tmp_path, decoder)
     model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, logits_of(decoder, tokens), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_experts": 4, "qk_norm": False, "normalise_experts": False},
+        {"num_experts": 4, "sliding_window": 8, "full_layers": 1},
+        {"qk_norm": False, "sliding_window": 8, "full_layers": 1},
+    ],
+)
+def test_a_shape_that_no_family_has_is_refused_before_anything_is_written(change, tiny, tmp_path):
+    with pytest.raises(ModelError, match="cannot be exported"):
+        huggingface.save(tmp_path / "export", Decoder(dataclasses.replace(tiny, **change)))
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("change", [{}, {"num_experts": 3}])
+@pytest.mark.parametrize("shard_bytes", [1, 8000])
+def test_shards_are_no_larger_than_asked_and_are_read_by_both(
+    change, shard_bytes, tiny, tmp_path, tokens, logits_of
+):
+    decoder = Decoder(dataclasses.replace(tiny, **change), seed=2)
+    huggingface.save(tmp_path, decoder, shard_bytes=shard_bytes)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = {path.name: load_file(path) for path in tmp_path.glob("*.safetensors")}
+    assert {name: file for file, tensors in files.items() for name in tensors} == index["weight_map"]
+    sizes = {file: sum(t.nbytes for t in tensors.values()) for file, tensors in files.items()}
+    assert sum(sizes.values()) == index["metadata"]["total_size"]
+    assert all(size <= shard_bytes or len(files[file]) == 1 for file, size in sizes.items())
+    again = huggingface.load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(decoder.parameters(), again.parameters(), strict=True))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, logits_of(decoder, tokens), **CLOSE)
 
@@ -185,21 +289,33 @@ def test_shards_of_weights_are_read_as_one(tmp_path, tokens, logits_of):
 
 def test_a_snapshot_is_loaded_in_place(decoder, tmp_path):
     other = Decoder(decoder.config, seed=99)
-    place = other.layers[0].qkv_YC
+    place = other.layers["0"].qkv_YC
     huggingface.save_weights(tmp_path / "snapshot.safetensors", decoder)
     huggingface.load_weights(other, tmp_path / "snapshot.safetensors")
-    assert other.layers[0].qkv_YC is place
+    assert other.layers["0"].qkv_YC is place
     assert all(torch.equal(a, b) for a, b in zip(decoder.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "rope_parameters"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_parameters"),
+        ({"rope_scaling": {"type": "mrope"}, "rope_parameters": None}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "original_positions"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor"),
         ({"model_type": "gemma"}, "model_type"),
-        ({"model_type": "mistral", "sliding_window": 32}, "sliding_window"),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32}, "sliding_window"),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "sliding_window": 32,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "layer_types",
+        ),
+        ({"model_type": "mixtral"}, "num_experts"),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, "mlp_only_layers"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
@@ -210,22 +326,22 @@ def test_a_snapshot_is_loaded_in_place(decoder, tmp_path):
     ],
 )
 def test_what_the_decoder_cannot_compute_is_refused_by_name(change, field, tiny):
-    llama = huggingface.to_config(dataclasses.replace(tiny, qk_norm=False))
+    llama = families.to_config(dataclasses.replace(tiny, qk_norm=False))
     with pytest.raises(ModelError, match=field):
-        huggingface.from_config(llama | change)
+        families.from_config(llama | change)
 
 
 def test_a_lacking_field_is_named(tiny):
-    values = huggingface.to_config(tiny)
+    values = families.to_config(tiny)
     del values["num_hidden_layers"]
     with pytest.raises(ModelError, match="lacks num_hidden_layers"):
-        huggingface.from_config(values)
+        families.from_config(values)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_configs_survive_both_maps(family):
-    config = huggingface.from_config(config_of(family).to_dict())
-    assert huggingface.from_config(huggingface.to_config(config)) == config
+    config = families.from_config(config_of(family).to_dict())
+    assert families.from_config(families.to_config(config)) == config
 
 
 def damage_lose_tensor(tensors):

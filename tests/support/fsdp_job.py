@@ -38,7 +38,7 @@ def main() -> None:
     dist.init_process_group("gloo", rank=rank, world_size=world, store=dist.FileStore(store, world))
     whole, sharded = Decoder(CONFIG, seed=1), Decoder(CONFIG, seed=1)
     mesh = dist.init_device_mesh("cpu", (world,))
-    for layer in sharded.layers:
+    for layer in sharded.layers.values():
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     loss_of(whole).backward()

@@ -1,16 +1,16 @@
-"""Hugging Face folders, both ways: config.json, safetensors, tokenizer files.
+"""Hugging Face folders, both ways: config.json, safetensors in one file or in shards, tokenizer files.
 
 Names on disk are Hugging Face's, so any tool of that world reads our exports and we read theirs.
-Fused tensors are split on the way out and joined on the way in, by one table (`_parts`) that
-both directions share. What the decoder cannot compute exactly (RoPE scaling, a sliding window
-shorter than the context, other activations) is refused by the name of the field.
+`families.py` maps the configuration, `parts.py` the names; fused tensors are split on the way out and
+joined on the way in. A large model is written in shards with an index, and read file by file: never more
+than one tensor is in memory twice.
 
-Source: the config classes of transformers 5 for llama, mistral, qwen2 and qwen3.
+Source: the folder layout of transformers 5 and safetensors.
 """
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,35 +22,36 @@ from torch import Tensor
 from marrow.core.errors import ModelError
 from marrow.models.config import ModelConfig
 from marrow.models.decoder import Decoder
+from marrow.models.families import CONFIG, from_config, to_config
+from marrow.models.parts import regions
 from marrow.text.tokenizer import Tokenizer
 
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHARD_BYTES = 5_000_000_000  # transformers' own, so that folders look alike
 
 
-def save(folder: Path, decoder: Decoder, tokenizer_folder: Path | None = None) -> None:
+def save(
+    folder: Path, decoder: Decoder, tokenizer_folder: Path | None = None, *, shard_bytes: int = SHARD_BYTES
+) -> None:
     """Write a folder that `transformers` and `load` read.
 
     Args: folder: made if it is not there. tokenizer_folder: holds tokenizer.json; None leaves
-        the tokenizer files out.
-    Raises: ModelError if the tokenizer has more tokens than the model's vocabulary.
+        the tokenizer files out. shard_bytes: weights beyond this are spread over several files.
+    Raises: ModelError if the tokenizer has more tokens than the model's vocabulary, or no family of Hugging
+        Face has such a shape.
     """
+    values = to_config(decoder.config)
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = next(name for name, kind in DTYPES.items() if kind == decoder.embedding_VC.dtype)
+    dtype = next(name for name, kind in DTYPES.items() if kind == decoder.dtype)
     tokens: dict[str, int] = {}
     if tokenizer_folder is not None:
         shutil.copyfile(tokenizer_folder / "tokenizer.json", folder / "tokenizer.json")
         tokenizer, tokens = _read_tokenizer(tokenizer_folder, decoder.config)
         _write_json(folder / "tokenizer_config.json", tokenizer)
         _write_json(folder / "generation_config.json", {"_from_model_config": False} | tokens)
-    _write_json(folder / CONFIG, to_config(decoder.config) | {"dtype": dtype} | tokens)
-    save_weights(folder / WEIGHTS, decoder)
+    _write_json(folder / CONFIG, values | {"dtype": dtype} | tokens)
+    _save_shards(folder, decoder, shard_bytes)
 
 
 def load(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Decoder:
@@ -88,157 +89,50 @@ def save_weights(path: Path, decoder: Decoder) -> None:
 
 def state_dict(decoder: Decoder) -> dict[str, Tensor]:
     """Return the weights under Hugging Face names, each contiguous on the CPU."""
-    tensors: dict[str, Tensor] = {}
-    for ours, parameter in decoder.named_parameters():
-        for name, part in _parts(ours, parameter.detach(), decoder.config):
-            tensors[name] = part.cpu().contiguous().clone()
-    return tensors
+    return {name: _on_cpu(view) for name, view in _views(decoder).items()}
 
 
-def to_config(config: ModelConfig) -> dict[str, Any]:
-    """Return config.json's values for a shape; the family is the plainest that can hold it."""
-    family = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
-    values: dict[str, Any] = {
-        "architectures": [FAMILIES[family]],
-        "model_type": family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_size,
-        "max_position_embeddings": config.max_positions,
-        # Both spellings: transformers 5 reads rope_parameters, older readers rope_theta.
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "initializer_range": config.initial_std,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "use_cache": True,
+def _views(decoder: Decoder) -> dict[str, Tensor]:
+    """Return the decoder's own memory under Hugging Face names."""
+    return {
+        region.name: region.of(parameter.detach())
+        for ours, parameter in decoder.named_parameters()
+        for region in regions(ours, decoder.config)
     }
-    if family == "llama":
-        values["mlp_bias"] = False
-    else:
-        values |= {"use_sliding_window": False, "sliding_window": None}
-    if family == "qwen2":
-        del values["attention_bias"]
-        if config.head_size * config.num_heads != config.hidden_size:
-            raise ModelError(
-                f"qkv_bias with head_size = {config.head_size} cannot be exported: qwen2 knows only "
-                f"hidden_size / num_heads = {config.hidden_size / config.num_heads:g}"
-            )
-    return values
 
 
-def from_config(values: Mapping[str, Any]) -> ModelConfig:
-    """Read config.json's values.
-
-    Raises: ModelError naming the field that is missing or asks for what the decoder does not do.
-    """
-    family = values.get("model_type")
-    if family not in FAMILIES:
-        raise _unsupported("model_type", family, f"one of {', '.join(FAMILIES)}")
-    _refuse_unsupported(values, family)
-    try:
-        heads, hidden = int(values["num_attention_heads"]), int(values["hidden_size"])
-        return ModelConfig(
-            vocab_size=int(values["vocab_size"]),
-            hidden_size=hidden,
-            intermediate_size=int(values["intermediate_size"]),
-            num_layers=int(values["num_hidden_layers"]),
-            num_heads=heads,
-            num_kv_heads=int(values.get("num_key_value_heads") or heads),
-            head_size=int(values.get("head_dim") or hidden // heads),
-            max_positions=int(values.get("max_position_embeddings", 2048)),
-            rope_theta=float(_rope(values).get("rope_theta", 10_000.0)),
-            norm_eps=float(values.get("rms_norm_eps", 1e-6)),
-            tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-            qk_norm=family == "qwen3",
-            qkv_bias=family == "qwen2",
-            initial_std=float(values.get("initializer_range", 0.02)),
-        )
-    except KeyError as error:
-        raise ModelError(f"{CONFIG} lacks {error.args[0]}", hint="the folder is no whole model") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ModelError(f"{CONFIG}: {error}") from None
+def _on_cpu(view: Tensor) -> Tensor:
+    return view.cpu().contiguous().clone()
 
 
-def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge the places where RoPE's settings have been kept over the years."""
-    old = {"rope_theta": values["rope_theta"]} if values.get("rope_theta") else {}
-    return old | dict(values.get("rope_scaling") or {}) | dict(values.get("rope_parameters") or {})
-
-
-def _refuse_unsupported(values: Mapping[str, Any], family: str) -> None:
-    rope = _rope(values)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise _unsupported(
-            "rope_scaling" if values.get("rope_scaling") else "rope_parameters", kind, "default"
-        )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0 or values.get("partial_rotary_factor", 1.0) != 1.0:
-        raise _unsupported("partial_rotary_factor", rope.get("partial_rotary_factor"), "1.0")
-    if values.get("hidden_act", "silu") != "silu":
-        raise _unsupported("hidden_act", values["hidden_act"], "silu")
-    for name in ("attention_bias", "mlp_bias"):
-        if values.get(name):
-            raise _unsupported(name, True, "false")
-    window = values.get("sliding_window")
-    windowed = window is not None and values.get("use_sliding_window", family == "mistral")
-    if windowed and window < values.get("max_position_embeddings", 2048):
-        raise _unsupported("sliding_window", window, "null, or at least max_position_embeddings")
-    if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method")
-        raise _unsupported("quantization_config", method, "unquantised weights")
-
-
-def _unsupported(field: str, value: Any, allowed: str) -> ModelError:
-    return ModelError(f"{CONFIG}: {field} = {value!r} is not supported", hint=f"allowed: {allowed}")
-
-
-def _parts(ours: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield Hugging Face's name and our view (a slice of `tensor`) for each part of a parameter."""
-    if ours in _TOP:
-        yield _TOP[ours], tensor
+def _save_shards(folder: Path, decoder: Decoder, shard_bytes: int) -> None:
+    """Write the weights in files of at most `shard_bytes`, a larger tensor alone in one."""
+    views = _views(decoder)
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, view in views.items():
+        if shards[-1] and size + view.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += view.nbytes
+    if len(shards) == 1:
+        save_weights(folder / WEIGHTS, decoder)
         return
-    _, index, name = ours.split(".")
-    queries, keys = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
-    sizes = {3: [queries, keys, keys], 2: [config.intermediate_size] * 2, 1: [tensor.shape[0]]}
-    names = _LAYER[name]
-    for part, piece in zip(names, torch.split(tensor, sizes[len(names)]), strict=True):
-        yield f"model.layers.{index}.{part}", piece
-
-
-_TOP = {
-    "embedding_VC": "model.embed_tokens.weight",
-    "norm_C": "model.norm.weight",
-    "head_VC": "lm_head.weight",
-}
-_LAYER = {
-    "attention_norm_C": ["input_layernorm.weight"],
-    "qkv_YC": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
-    "qkv_bias_Y": ["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"],
-    "q_norm_D": ["self_attn.q_norm.weight"],
-    "k_norm_D": ["self_attn.k_norm.weight"],
-    "out_CX": ["self_attn.o_proj.weight"],
-    "mlp_norm_C": ["post_attention_layernorm.weight"],
-    "gate_up_GC": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
-    "down_CF": ["mlp.down_proj.weight"],
-}
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: _on_cpu(views[name]) for name in names}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    total = sum(view.nbytes for view in views.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / INDEX, index)
 
 
 @torch.no_grad()
 def _fill(decoder: Decoder, files: list[Path]) -> None:
     """Copy every tensor of the files into its place; all places must be filled, none left over."""
-    places = {
-        name: part
-        for ours, parameter in decoder.named_parameters()
-        for name, part in _parts(ours, parameter.detach(), decoder.config)
-    }
+    places = _views(decoder)
     left = set(places)
     for path in files:
         try:
@@ -247,7 +141,7 @@ def _fill(decoder: Decoder, files: list[Path]) -> None:
                     if name not in places:
                         # A tied head is stored by some writers; buffers by old ones.
                         if name.endswith("rotary_emb.inv_freq") or (
-                            name == _TOP["head_VC"] and decoder.config.tie_embeddings
+                            name == "lm_head.weight" and decoder.config.tie_embeddings
                         ):
                             continue
                         raise ModelError(f"{path.name}: tensor {name} has no place in the model")

@@ -114,7 +114,15 @@ class Runner:
             keys.flatten(0, 1).index_copy_(0, slots_N, k_NKD)
             values.flatten(0, 1).index_copy_(0, slots_N, v_NKD)
             return paged_attention(
-                q_NHD, keys, values, blocks_BM, starts_B, ends_B, max_queries=max_queries, max_keys=max_keys
+                q_NHD,
+                keys,
+                values,
+                blocks_BM,
+                starts_B,
+                ends_B,
+                max_queries=max_queries,
+                max_keys=max_keys,
+                window=self.decoder.config.window(layer),
             )
 
         hidden_NC: Tensor = self.decoder(tokens_N, positions_N, attend)

@@ -182,7 +182,9 @@ def _score(decoder: Decoder, batch: Batch, targets_N: npt.NDArray[np.int64], row
     hidden_BTC = decoder(
         tensor(batch.tokens_BT),
         tensor(batch.position_BT),
-        lambda layer, q_NHD, k_NKD, v_NKD: attention(q_NHD, k_NKD, v_NKD, packing),
+        lambda layer, q_NHD, k_NKD, v_NKD: attention(
+            q_NHD, k_NKD, v_NKD, packing, window=decoder.config.window(layer)
+        ),
     )
     hidden_NC, target_N = hidden_BTC[tensor(batch.scored_N)], tensor(targets_N)
     log_probs_N, _ = linear_log_probs(hidden_NC, decoder.output_weight, target_N)
