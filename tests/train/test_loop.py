@@ -4,13 +4,14 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from marrow.models import huggingface
 from marrow.models.config import ModelConfig
 from marrow.models.decoder import Decoder
 from marrow.train.config import TrainRecipe
-from marrow.train.loop import Loss, Run, train
+from marrow.train.loop import Run, train
+from marrow.train.loss import Loss
 
 Make = Callable[..., TrainRecipe]
 RESULTS = (
@@ -126,13 +128,12 @@ def test_sigterm_is_a_stop_too(
 
 
 CHILD = """
-import json, os, random, signal, sys
+import json, os, pickle, random, signal, sys
 from pathlib import Path
-from marrow.models.config import ModelConfig
-from marrow.train.config import TrainRecipe
 from marrow.train.loop import train
 
-corpus, folder, recipe, model, kill_at = sys.argv[1:]
+corpus, folder, settings, kill_at = sys.argv[1:]
+recipe, model = pickle.loads(bytes.fromhex(settings))
 out = Path(folder) / f"out-{os.getpid()}"
 out.mkdir(parents=True)
 
@@ -140,8 +141,8 @@ def die(step, figures):
     if step == int(kill_at):
         os.kill(os.getpid(), signal.SIGKILL)
 
-facts = train(TrainRecipe(**json.loads(recipe)), ModelConfig(**json.loads(model)), Path(corpus, "shards"),
-              Path(corpus, "tokenizer"), out, Path(folder, "work"), log=die)
+facts = train(recipe, model, Path(corpus, "shards"), Path(corpus, "tokenizer"), out,
+              Path(folder, "work"), log=die)
 print(json.dumps([str(out), facts["resumed_from"]]))
 """
 
@@ -150,8 +151,7 @@ def start_child(corpus: Path, recipe: TrainRecipe, model: ModelConfig, folder: P
     arguments = [
         str(corpus),
         str(folder),
-        json.dumps(asdict(recipe)),
-        json.dumps(asdict(model)),
+        pickle.dumps((recipe, model)).hex(),
         str(kill_at),
     ]
     return subprocess.Popen(
@@ -315,7 +315,7 @@ def test_the_loss_is_that_of_each_document_alone(corpus: Path, tiny_model: Model
         batch = next(loader)
         model = tiny_model.with_vocab_size(loader.manifest.vocab_size)
     decoder = Decoder(model, seed=0, dtype=torch.float64)
-    together = float(Loss(decoder)(batch).detach())
+    together = Loss(decoder)(batch).nats
     apart = 0.0
     for document in batch.document_N.unique():
         chosen = batch.document_N == document

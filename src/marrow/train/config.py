@@ -18,9 +18,11 @@ class TrainRecipe:
     steps: optimiser steps. batch_rows: packed rows a step, all ranks together; micro_batches: in
         how many equal parts a step's rows are computed, for memory only.
     optimiser: "muon" takes the hidden matrices with `lr` and leaves embeddings and norms to AdamW
-        with `adamw_lr`; "adamw" takes everything with `adamw_lr`.
+        with `adamw_lr`; "adamw" takes everything with `adamw_lr`; "sgd" everything with `lr`, without
+        momentum.
     schedule: after `warmup_steps`, "linear" falls to 0 at the end; "cosine" too, along a half
         wave; "wsd" stays, then falls linearly to 0 over the last `decay_share` of the steps.
+    balance: weight of the experts' load-balance loss; for a model with experts.
     weight_decay: decoupled, on matrices only. max_grad_norm: 0 never clips.
     checkpoint_every: the longest that a kill can cost; `checkpoint_every_steps` also counts steps
         (0: only time). A checkpoint is put off while checkpoints would cost over 2 % of the time.
@@ -31,13 +33,14 @@ class TrainRecipe:
     batch_rows: Annotated[int, Range(1)] = 8
     micro_batches: Annotated[int, Range(1)] = 1
     seed: Annotated[int, Range(0, 2**63 - 1)] = 1
-    optimiser: Literal["muon", "adamw"] = "muon"
+    optimiser: Literal["muon", "adamw", "sgd"] = "muon"
     lr: Annotated[float, Range(0)] = 0.02
     adamw_lr: Annotated[float, Range(0)] = 0.004
     momentum: Annotated[float, Range(0, 1)] = 0.95
     beta1: Annotated[float, Range(0, 1)] = 0.9
     beta2: Annotated[float, Range(0, 1)] = 0.95
     weight_decay: Annotated[float, Range(0)] = 0.0
+    balance: Annotated[float, Range(0)] = 0.001
     max_grad_norm: Annotated[float, Range(0)] = 1.0
     schedule: Literal["linear", "cosine", "wsd"] = "linear"
     warmup_steps: Annotated[Count, Range(0)] = 40

@@ -13,11 +13,9 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from marrow.core.errors import Interrupted, ModelError, TrainError, explain_os_errors
 from marrow.core.files import publish, temporary_beside
@@ -26,15 +24,12 @@ from marrow.core.progress import Progress, silent
 from marrow.core.span import span
 from marrow.data.manifest import FILE_NAME as MANIFEST_FILE
 from marrow.data.manifest import Manifest
-from marrow.kernels.attention.attention import attention, pack
 from marrow.kernels.device import raise_malloc_thresholds
-from marrow.kernels.losses.linear_cross_entropy import linear_cross_entropy
 from marrow.loader.batch import Batch
 from marrow.loader.config import LoaderRecipe, settings_of
 from marrow.loader.loader import Loader, LoaderState
 from marrow.models import huggingface
 from marrow.models.config import ModelConfig
-from marrow.models.decoder import Decoder
 from marrow.text.tokenizer import FILE_NAME as TOKENIZER_FILE
 from marrow.train.checkpoint import (
     Checkpoint,
@@ -47,8 +42,10 @@ from marrow.train.config import TrainRecipe
 from marrow.train.decisions import Decisions, decide, torch_threads
 from marrow.train.meter import FILE_NAME as METRICS_FILE
 from marrow.train.meter import Meter, MetricsFile
-from marrow.train.optimiser import Optimiser
+from marrow.train.parallel.config import ParallelRecipe
+from marrow.train.parallel.mesh import Mesh
 from marrow.train.schedule import lr_factor
+from marrow.train.step import Trained
 from marrow.train.stop import StopRequest
 
 CHECKPOINT_SHARE = 0.02  # of the time, at most
@@ -162,22 +159,6 @@ def open_loader(
     return Loader.resume(list(folders), rows, state, **options)
 
 
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """Summed loss of a micro-batch, in nats, as a function that autograd can go through."""
-
-    decoder: Decoder
-
-    def __call__(self, batch: Batch) -> Tensor:
-        """Compute it; documents of a row do not see each other."""
-        packing = pack(batch.document_N, batch.T)
-        hidden_NC = self.decoder(
-            batch.tokens_N, batch.positions_N, lambda layer, q, k, v: attention(q, k, v, packing)
-        )
-        loss, _ = linear_cross_entropy(hidden_NC, self.decoder.output_weight, batch.targets_N)
-        return loss
-
-
 class Run:
     """A run between two steps: the loader, the decoder, its optimiser, and the figures so far."""
 
@@ -195,12 +176,14 @@ class Run:
         self.recipe, self.work, self.decisions = recipe, work, decisions
         self.progress, self.log = progress, log
         with span("start", kernels=decisions.kernels):
-            self.decoder = Decoder(model, seed=recipe.seed, dtype=decisions.torch_dtype)
+            self.trained = Trained.make(
+                model, recipe, ParallelRecipe(), Mesh.alone(), dtype=decisions.torch_dtype
+            )
+            self.optimiser = self.trained.optimiser
+            self.decoder = self.trained.stages[0].decoder
             if decisions.compile:
-                for layer in self.decoder.layers:  # all share one graph, and one for masked batches
+                for layer in self.decoder.layers.values():  # all share one graph, and one for masked batches
                     layer.compile(dynamic=False)
-            self.optimiser = Optimiser(self.decoder, recipe)
-            self.loss = Loss(self.decoder)
             manifest = Manifest.read(folders[0])
             flops = model.flops_per_token(manifest.context, backward=True)
             self.meter = Meter(flops, decisions.peak_flops)
@@ -221,7 +204,7 @@ class Run:
         batches = [next(self.loader) for _ in range(self.recipe.micro_batches)]
         wait_s = time.perf_counter() - started_s
         targets = sum(batch.num_targets for batch in batches)
-        loss = self._gradients(batches, targets)
+        loss = self.trained.gradients(batches, targets)
         if loss - loss != 0.0:  # inf and nan
             raise self._not_finite("loss", loss, batches)
         with span("optimiser"):
@@ -233,18 +216,6 @@ class Run:
         tokens = sum(batch.rows * batch.T for batch in batches)
         self.meter.add(loss, tokens=tokens, targets=targets, wait_s=wait_s)
         self._report(factor, norm)
-
-    def _gradients(self, batches: list[Batch], targets: int) -> float:
-        """Backpropagate the mean loss over all targets of the step; return it, in nats."""
-        total = 0.0
-        for batch in batches:
-            with span("forward"):
-                loss = self.loss(batch) / max(1, targets)
-            with span("backward"):
-                loss.backward()  # type: ignore[no-untyped-call]
-                self.optimiser.collect()
-            total += float(loss.detach())
-        return total
 
     def _report(self, factor: float, norm: float) -> None:
         if self.step % self.recipe.log_every and self.step != self.recipe.steps:
