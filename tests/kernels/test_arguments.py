@@ -67,6 +67,13 @@ def test_the_message_names_the_operator_the_input_and_a_way_out():
     assert told.value.hint == "weight_C.to(torch.float32)"
 
 
+@pytest.mark.parametrize("given", ["a", [[1.0]], 3, None])
+def test_what_is_no_tensor_is_named(given):
+    with pytest.raises(UsageError, match=r"x_NC is a \w+, not a tensor") as told:
+        OPERATORS["rms_norm"](given, torch.ones(1), 1e-5)
+    assert "torch.as_tensor" in str(told.value.hint)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -79,8 +79,8 @@ class Arguments:
 
     def _check_all(self, inputs: tuple[Any, ...]) -> None:
         first, sizes = inputs[0], dict[str, tuple[int, str]]()
-        if isinstance(first, list):  # an optimiser, which checks its lists itself
-            return
+        if isinstance(first, list) and all(isinstance(x, Tensor) for x in first):
+            return  # an optimiser, which checks its lists itself
         if not isinstance(first, Tensor):
             what = f"{self.names[0]} is a {type(first).__name__}, not a tensor"
             self._refuse(what, "torch.as_tensor makes one")

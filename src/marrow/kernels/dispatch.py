@@ -195,10 +195,10 @@ class Operator:
             return self._traced(*inputs)
         if _is_transformed():
             return self.reference(*inputs)
+        self.arguments.check(inputs)
         if torch.is_autocast_enabled(device := _first(inputs).device.type):
             with torch.autocast(device, enabled=False):  # the operator's dtypes are those of its inputs
                 return self(*inputs)
-        self.arguments.check(inputs)
         path = self._choose(self.case(inputs))
         if path is None:
             return self.reference(*inputs)
