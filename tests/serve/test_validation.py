@@ -75,8 +75,15 @@ def test_just_what_fits_model_and_cache_passes(length: int, wanted: int, cache_t
     if fits:
         assert validate(request, CONFIG, cache_tokens) is None
     else:
-        error = refusal(request, cache_tokens)
-        assert error.param == ("prompt" if length == 0 or length >= CONFIG.max_positions else "max_tokens")
+        most = CONFIG.max_positions if length + wanted > CONFIG.max_positions else cache_tokens + 1
+        # At fault is the prompt where no number of new tokens would do.
+        assert refusal(request, cache_tokens).param == ("prompt" if not 0 < length < most else "max_tokens")
+
+
+def test_a_prompt_that_the_cache_cannot_hold_is_at_fault_itself() -> None:
+    assert refusal(Request((7,) * 32, Sampling(max_tokens=0)), cache_tokens=1).param == "prompt"
+    assert refusal(Request((7,) * 9, Sampling(max_tokens=1)), cache_tokens=8).param == "prompt"
+    assert refusal(Request((7,) * 8, Sampling(max_tokens=2)), cache_tokens=8).param == "max_tokens"
 
 
 def test_a_prompt_that_leaves_no_room_is_at_fault_itself() -> None:

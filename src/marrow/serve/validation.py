@@ -47,7 +47,7 @@ def _validate_length(request: Request, config: ModelConfig, cache_tokens: int) -
     if length + wanted - 1 > cache_tokens:  # the last token drawn is never computed
         raise RequestError(
             f"{length} prompt tokens and max_tokens = {wanted} do not fit the KV cache of {cache_tokens}",
-            param="max_tokens",
+            param="max_tokens" if length <= cache_tokens else "prompt",
             hint="ask for fewer tokens, or raise serve.kv_memory",
         )
 
