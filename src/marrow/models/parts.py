@@ -11,7 +11,6 @@ checkpoints, exports and fresh weights are thus the same however a model is spre
 Axes: as in `decoder.py`. Source: the state dictionaries of transformers for each family.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -148,11 +147,6 @@ def regions(
 def num_rows(ours: str, config: ModelConfig, tp: int = 1) -> int:
     """Count the rows of a parameter, as `regions` counts them."""
     return sum(part.shape_in(tp)[0] for part in parts(ours, config))
-
-
-def num_elements(part: Part) -> int:
-    """Count the numbers of a logical tensor."""
-    return math.prod(part.shape)
 
 
 def _expert_names(config: ModelConfig) -> tuple[str, str, str, str]:

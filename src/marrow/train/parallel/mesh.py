@@ -25,7 +25,6 @@ GROUPS: tuple[Axes, ...] = (
     ("fsdp",),
     ("pp",),
     ("dp",),
-    ("dp", "fsdp"),
     ("fsdp", "tp"),
 )
 

@@ -1,13 +1,13 @@
-"""Sums of gradients over the ranks that hold the same weights, in buckets, started while the backward runs.
+"""Sums of gradients over the ranks that hold the same weights, in buckets that travel side by side.
 
-    gradient ready -> its bucket full -> all-reduce begins -> ... -> `finish` waits for all
+    gradients of a step -> flat buckets in fp32 -> all-reduce, all at once -> back to their places
 
 Which ranks hold the same weights: the dp copies; under tensor parallelism also the tp ranks, for
 weights that it does not cut; under pipelining the first and the last stage, for a tied embedding. FSDP sums
 over copies and shards by itself. Sums are made in fp32, in one order for all ranks, so copies stay equal to
 the bit.
 
-Source: Li et al. 2020 (PyTorch Distributed: buckets and overlap).
+They begin when the backward is done. Source: Li et al. 2020 (PyTorch Distributed: buckets).
 """
 
 from collections.abc import Sequence
